@@ -1,0 +1,49 @@
+"""The evaluator actor: Ray's view of one shard of the target model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from autoprune.actors.messages import Probe
+from autoprune.algorithms.algorithm import Algorithm
+from autoprune.algorithms.language import LanguageError
+from autoprune.algorithms.probe import probe
+from autoprune.algorithms.statistics import BlockProfile
+from autoprune.models.shard import ModelShard, ShardReport
+
+
+class EvaluatorShard:
+    """Loads its own blocks from disk; only source text, small numbers and hidden states cross the wire."""
+
+    def __init__(self, folder: Path, start: int, stop: int, dtype: str, device: str, threads: int) -> None:
+        # Fixed, so that their number never changes a sum.
+        torch.set_num_threads(threads)
+        self.shard = ModelShard(folder, start, stop, dtype, device)
+
+    def calibrate(self, states: torch.Tensor) -> torch.Tensor:
+        return self.shard.calibrate(states)
+
+    def profiles(self) -> list[BlockProfile]:
+        return self.shard.profiles()
+
+    def forward(
+        self,
+        split: str,
+        states: torch.Tensor,
+        tokens: torch.Tensor,
+        algorithm: Algorithm | None,
+        sparsities: list[float],
+    ) -> tuple[torch.Tensor, ShardReport]:
+        return self.shard.forward(split, states, tokens, algorithm, sparsities)
+
+    def probe(self, algorithm: Algorithm, sparsity: float) -> Probe:
+        try:
+            result = probe(algorithm, sparsity)
+        except LanguageError as error:
+            return Probe(str(error))
+        return Probe(None, result.mask, result.mask_hash)
+
+    def export(self, file: Path, dtype: str, algorithm: Algorithm, sparsities: list[float]) -> dict[str, dict]:
+        return self.shard.export(file, dtype, algorithm, sparsities)

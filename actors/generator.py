@@ -1,0 +1,178 @@
+"""Generators: who writes candidate algorithms. vLLM inside a Ray actor, an OpenAI-compatible server, or a script.
+
+Each has `generate(requests) -> answers per request` and `stop()`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from autoprune.actors.messages import Answer, Request
+from autoprune.models.errors import InputError
+
+ANSWER_SEPARATOR = "\n---\n"
+
+
+class VllmEngine:
+    """The body of the Ray actor: one vLLM `AsyncLLM`. The engine is seeded, not the requests: a seed per request
+    together with chunked prefill kills vLLM's CPU engine, and the search's journal makes runs reproducible anyway."""
+
+    async def start(self, options: dict) -> None:
+        """Load the model. options: keyword arguments of vLLM's AsyncEngineArgs."""
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+        self.tokenizer = self.engine.get_tokenizer()
+        self.served = 0
+
+    async def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
+        import asyncio
+
+        return list(await asyncio.gather(*(self._complete(request) for request in requests)))
+
+    async def _complete(self, request: Request) -> list[Answer]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+        messages = [{"role": role, "content": text} for role, text in request.messages]
+        prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        parameters = SamplingParams(
+            n=request.n,
+            temperature=request.temperature,
+            max_tokens=request.max_tokens,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            structured_outputs=StructuredOutputsParams(grammar=request.grammar) if request.grammar else None,
+        )
+        self.served += 1
+        async for output in self.engine.generate(prompt, parameters, request_id=f"request-{self.served}"):
+            final = output
+        return [
+            Answer(o.text, len(final.prompt_token_ids), len(o.token_ids), o.finish_reason or "stop")
+            for o in sorted(final.outputs, key=lambda o: o.index)
+        ]
+
+    async def stop(self) -> None:
+        self.engine.shutdown()
+
+
+class VllmGenerator:
+    """Driver side of the vLLM actor."""
+
+    def __init__(self, folder: Path, resources, options: dict, kv_cache_gib: int) -> None:
+        """folder: the model; resources: ActorResources; options: further arguments of AsyncEngineArgs."""
+        import ray
+
+        environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CONFIGURE_LOGGING": "1", "TQDM_DISABLE": "1"}
+        if resources.device == "cpu":
+            environment |= {"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}
+        else:
+            options = options | {"gpu_memory_utilization": round(0.9 * min(1.0, resources.num_gpus), 2)}
+        actor = ray.remote(VllmEngine).options(
+            num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, runtime_env={"env_vars": environment}
+        )
+        self._actor = actor.remote()
+        self._started = self._actor.start.remote({"model": str(folder), **options})
+
+    def wait(self) -> None:
+        """Block until the engine serves. The engine loads while the caller does something else."""
+        import ray
+
+        ray.get(self._started)
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
+        import ray
+
+        return ray.get(self._actor.generate.remote(list(requests)))
+
+    def stop(self) -> None:
+        import ray
+
+        try:
+            ray.get(self._actor.stop.remote(), timeout=20)
+        except Exception:
+            pass  # the engine is gone or hangs: the actor is killed either way
+        ray.kill(self._actor)
+
+
+class OpenAIGenerator:
+    """Speaks to an OpenAI-compatible server; sends the grammar, and does without where the server refuses it."""
+
+    def __init__(
+        self, base_url: str, model: str, api_key_variable: str = "OPENAI_API_KEY", timeout: float = 600
+    ) -> None:
+        """Raises InputError when nobody answers at base_url or the model is not served there."""
+        import openai
+
+        self._openai = openai
+        self.model = model
+        self.grammar = True
+        key = os.environ.get(api_key_variable) or "none"
+        self._client = openai.OpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=2)
+        try:
+            served = [entry.id for entry in self._client.with_options(timeout=10, max_retries=0).models.list()]
+        except openai.APIConnectionError:
+            raise InputError(f"no answer from {base_url}: start the server or mend generator.base_url") from None
+        except openai.APIStatusError as error:
+            raise InputError(
+                f"{base_url} answered {error.status_code}: check {api_key_variable} and base_url"
+            ) from None
+        if served and model not in served:
+            raise InputError(f"{base_url} does not serve {model!r}; it serves {', '.join(served[:5])}")
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
+        with ThreadPoolExecutor(max_workers=len(requests)) as threads:
+            return list(threads.map(self._complete, requests))
+
+    def _complete(self, request: Request) -> list[Answer]:
+        structured = {"structured_outputs": {"grammar": request.grammar}} if request.grammar and self.grammar else {}
+        try:
+            completion = self._client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": role, "content": text} for role, text in request.messages],
+                n=request.n,
+                temperature=request.temperature,
+                max_tokens=request.max_tokens,
+                extra_body=structured or None,
+            )
+        except (self._openai.BadRequestError, self._openai.UnprocessableEntityError):
+            if not structured:
+                raise
+            self.grammar = False
+            return self._complete(request)
+        usage = completion.usage
+        # Servers count a request's tokens together; each of its answers gets an equal share of them.
+        share = usage.completion_tokens // max(1, len(completion.choices)) if usage else 0
+        return [
+            Answer(c.message.content or "", usage.prompt_tokens if usage else 0, share, c.finish_reason or "stop")
+            for c in completion.choices
+        ]
+
+    def stop(self) -> None:
+        self._client.close()
+
+
+class ScriptedGenerator:
+    """Reads its answers from a file, in order, beginning again at the end. For tests and for the smoke run."""
+
+    def __init__(self, file: Path) -> None:
+        if not file.is_file():
+            raise InputError(
+                f"no file {file}: generator.answers must name a text file of answers parted by '---' lines"
+            )
+        self._answers = [text.strip() for text in file.read_text().split(ANSWER_SEPARATOR) if text.strip()]
+        if not self._answers:
+            raise InputError(f"{file} holds no answers")
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
+        return [[self._answer(request.offset + index) for index in range(request.n)] for request in requests]
+
+    def _answer(self, index: int) -> Answer:
+        text = self._answers[index % len(self._answers)]
+        return Answer(text, completion_tokens=len(text.split()))
+
+    def stop(self) -> None:
+        pass

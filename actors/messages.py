@@ -1,0 +1,68 @@
+"""What crosses the wire between the driver and the actors: small, frozen, plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt of which `n` independent completions are wanted.
+
+    messages: (role, text) pairs, as chat templates take them. grammar: GBNF text that constrains decoding, or None.
+    offset: how many answers the search asked for before, so that a script goes on where a stopped search was.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+    n: int
+    temperature: float
+    max_tokens: int
+    grammar: str | None = None
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion of the language model, with its token counts.
+
+    finish_reason: "stop", or "length" when the answer was cut at the token limit.
+    """
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str = "stop"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a candidate's score function did on the small probe layers.
+
+    error: why it cannot be used, in one line, or None. mask: the packed masks that it yields on the probe, as
+    hexadecimal digits ("" after an error). mask_hash: 16 hexadecimal digits; equal masks, equal hash.
+    """
+
+    error: str | None
+    mask: str = ""
+    mask_hash: str = ""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The measurements of one algorithm on one split.
+
+    nll: mean negative log-likelihood per token, in nats, over `tokens` scored tokens; lower is better; None after an
+    error.
+    window_nlls: the same for each window, in order. block_sparsities: what was reached, per block.
+    block_errors: ‖h − h_dense‖ / ‖h_dense‖ of the hidden states leaving each block, on the profile windows.
+    seconds: computing time, summed over the shards. error: one line, or None.
+    """
+
+    nll: float | None
+    tokens: int
+    window_nlls: tuple[float, ...] = ()
+    block_sparsities: tuple[float, ...] = ()
+    block_errors: tuple[float, ...] = ()
+    sparsity: float = 0.0
+    seconds: float = 0.0
+    error: str | None = None

@@ -1,0 +1,250 @@
+"""The pool of evaluators: replicas of a pipeline of shards, with deadlines and bounded attempts.
+
+Every job leaves `evaluate` exactly once: as a measurement, or as an error. A replica runs its candidates in the order
+in which they were sent, each candidate one shard behind the one before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ray
+import torch
+
+from autoprune.actors.evaluator import EvaluatorShard
+from autoprune.actors.messages import Evaluation, Probe
+from autoprune.actors.placement import ActorResources
+from autoprune.algorithms.algorithm import Algorithm
+from autoprune.algorithms.allocation import allocate
+from autoprune.algorithms.statistics import BlockProfile
+from autoprune.models.export import export
+from autoprune.models.pruning import checkpoint_dtype
+from autoprune.models.shard import ShardReport
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """What the pool measures and on how many actors.
+
+    splits: name → token windows, int64 [windows, L]; must have "calibration". deadline: seconds that a replica may
+    take for one candidate; attempts: how often a candidate may bring a replica down before it is given up.
+    """
+
+    folder: Path
+    blocks: int
+    shards: int
+    replicas: int
+    threads: int
+    dtype: str
+    sparsity: float
+    splits: dict[str, torch.Tensor]
+    deadline: float
+    attempts: int
+    resources: ActorResources
+
+
+@dataclass
+class _Flight:
+    """A candidate on its way through a replica: one reference to a ShardReport per shard, the last one decides."""
+
+    job: int
+    reports: list
+
+
+@dataclass
+class _Replica:
+    actors: list
+    in_flight: deque[_Flight] = field(default_factory=deque)
+    progressed: float = 0.0
+
+
+def shard_bounds(blocks: int, shards: int) -> list[tuple[int, int]]:
+    """Contiguous ranges of blocks whose sizes differ by one at most, in order."""
+    edges = [blocks * index // shards for index in range(shards + 1)]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+class EvaluatorPool:
+    """Measures algorithms on the target model. Call `start` first and `stop` last."""
+
+    def __init__(self, plan: PoolPlan, report: Callable[[str], None] = lambda _: None) -> None:
+        """report: called with a line for people when something worth knowing happens."""
+        self.plan = plan
+        self.restarts = 0
+        self._report = report
+        self._bounds = shard_bounds(plan.blocks, plan.shards)
+        self._profiles: list[BlockProfile] = []
+        self.dense: dict[str, Evaluation] = {}
+
+    def start(self) -> None:
+        """Load, calibrate and measure the dense model on every split; the replicas do so side by side."""
+        self._tokens = {name: ray.put(tokens) for name, tokens in self.plan.splits.items()}
+        self._empty = ray.put(torch.empty(0))
+        self._replicas = [_Replica(self._new_actors()) for _ in range(self.plan.replicas)]
+        prepared = [self._prepare(replica) for replica in self._replicas]
+        for replica, (profiles, dense) in zip(self._replicas, prepared, strict=True):
+            self._profiles = [p for part in ray.get(profiles) for p in part]
+            self.dense = {split: self._collect(split, ray.get(reports)) for split, reports in dense.items()}
+            replica.progressed = time.monotonic()
+
+    def _new_actors(self) -> list:
+        plan, resources = self.plan, self.plan.resources
+        actor = ray.remote(EvaluatorShard).options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
+        return [
+            actor.remote(plan.folder, start, stop, plan.dtype, resources.device, plan.threads)
+            for start, stop in self._bounds
+        ]
+
+    def _prepare(self, replica: _Replica) -> tuple[list, dict[str, list]]:
+        """Send calibration and the dense passes to a fresh replica. Returns references, so replicas do not wait."""
+        states = self._tokens["calibration"]
+        for actor in replica.actors:
+            states = actor.calibrate.remote(states)
+        profiles = [actor.profiles.remote() for actor in replica.actors]
+        dense = {s: self._send(replica, s, None, None) for s in self.plan.splits if s != "calibration"}
+        return profiles, dense
+
+    def _send(self, replica: _Replica, split: str, algorithm: Algorithm | None, sparsities: list[float] | None) -> list:
+        """A chain of calls through a replica's shards; hidden states go from actor to actor, reports come here."""
+        states, reports = self._tokens[split], []
+        for actor, (start, stop) in zip(replica.actors, self._bounds, strict=True):
+            own = sparsities[start:stop] if sparsities is not None else None
+            tokens = self._tokens[split] if stop == self.plan.blocks else self._empty
+            states, report = actor.forward.options(num_returns=2).remote(split, states, tokens, algorithm, own)
+            reports.append(report)
+        return reports
+
+    def _collect(self, split: str, reports: list[ShardReport]) -> Evaluation:
+        numels = [n for report in reports for n in report.numels]
+        pruned = [n for report in reports for n in report.pruned]
+        nlls = reports[-1].window_nlls
+        return Evaluation(
+            nll=sum(nlls) / len(nlls),
+            tokens=len(nlls) * (self.plan.splits[split].shape[1] - 1),
+            window_nlls=tuple(nlls),
+            block_sparsities=tuple(p / n for p, n in zip(pruned, numels, strict=True)),
+            block_errors=tuple(e for report in reports for e in report.errors),
+            sparsity=sum(pruned) / sum(numels),
+            seconds=sum(report.seconds for report in reports),
+        )
+
+    def sparsities(self, algorithm: Algorithm) -> list[float]:
+        """One sparsity per block, from the algorithm's allocation and the dense model's summaries."""
+        return allocate(algorithm.allocation, self._profiles, self.plan.sparsity)
+
+    def probe(self, algorithms: Sequence[Algorithm]) -> list[Probe]:
+        """Run the score functions on the probe layers, inside evaluator processes."""
+        actors = [actor for replica in self._replicas for actor in replica.actors]
+        calls = [
+            actors[index % len(actors)].probe.remote(algorithm, self.plan.sparsity)
+            for index, algorithm in enumerate(algorithms)
+        ]
+        probes = []
+        for call in calls:
+            try:
+                probes.append(ray.get(call, timeout=self.plan.deadline))
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                probes.append(Probe(f"the probe failed: {_one_line(error)}"))
+                self._restart_broken()
+        return probes
+
+    def evaluate(self, jobs: Sequence[Algorithm], split: str = "fitness") -> Iterator[tuple[int, Evaluation]]:
+        """Measure the jobs on a split; yields (index of the job, measurement) as they finish, in any order."""
+        queue, failures = deque(range(len(jobs))), [0] * len(jobs)
+        while queue or any(replica.in_flight for replica in self._replicas):
+            self._fill(queue, jobs, split)
+            last = {flight.reports[-1]: r for r in self._replicas for flight in list(r.in_flight)[:1]}
+            done, _ = ray.wait(list(last), num_returns=1, timeout=1.0)
+            for reference in done:
+                replica = last[reference]
+                flight = replica.in_flight.popleft()
+                try:
+                    evaluation = self._collect(split, ray.get(flight.reports))
+                except ray.exceptions.RayTaskError as error:
+                    # The algorithm itself raised: sending it again would raise again.
+                    evaluation = _failed(_one_line(error.cause or error))
+                except ray.exceptions.RayError as error:
+                    replica.in_flight.appendleft(flight)
+                    yield from self._recover(replica, queue, failures, _one_line(error))
+                    continue
+                replica.progressed = time.monotonic()
+                yield flight.job, evaluation
+            for replica in self._replicas:
+                if replica.in_flight and time.monotonic() - replica.progressed > self.plan.deadline:
+                    reason = f"no result within {self.plan.deadline:g} s"
+                    yield from self._recover(replica, queue, failures, reason)
+
+    def _fill(self, queue: deque[int], jobs: Sequence[Algorithm], split: str) -> None:
+        """Keep one candidate per shard in flight, and one waiting, in every replica."""
+        for replica in self._replicas:
+            while queue and len(replica.in_flight) <= self.plan.shards:
+                if not replica.in_flight:
+                    replica.progressed = time.monotonic()
+                job = queue.popleft()
+                reports = self._send(replica, split, jobs[job], self.sparsities(jobs[job]))
+                replica.in_flight.append(_Flight(job, reports))
+
+    def _recover(
+        self, replica: _Replica, queue: deque[int], failures: list[int], reason: str
+    ) -> Iterator[tuple[int, Evaluation]]:
+        """Replace a replica's actors. The oldest candidate in flight is the suspect; the others are sent again."""
+        suspect, *others = [flight.job for flight in replica.in_flight]
+        replica.in_flight.clear()
+        failures[suspect] += 1
+        given_up = failures[suspect] >= self.plan.attempts
+        queue.extendleft(reversed(others if given_up else [suspect, *others]))
+        self._report(f"an evaluator was replaced ({reason}); {len(others) + (not given_up)} evaluations are sent again")
+        self._restart(replica)
+        if given_up:
+            yield suspect, _failed(f"given up after {failures[suspect]} attempts: {reason}")
+
+    def _restart(self, replica: _Replica) -> None:
+        self.restarts += 1
+        for actor in replica.actors:
+            ray.kill(actor)
+        replica.actors = self._new_actors()
+        profiles, dense = self._prepare(replica)
+        ray.get([*profiles, *(report for reports in dense.values() for report in reports)])
+        replica.progressed = time.monotonic()
+
+    def _restart_broken(self) -> None:
+        """Replace the replicas that have an actor which does not answer; nothing may be in flight."""
+        for replica in self._replicas:
+            _, silent = ray.wait(
+                [actor.__ray_ready__.remote() for actor in replica.actors], num_returns=len(replica.actors), timeout=5
+            )
+            if silent:
+                self._restart(replica)
+
+    def export(self, out: Path, algorithm: Algorithm, details: dict) -> dict:
+        """Write the target, pruned by `algorithm`, to a folder: each shard writes its own part. Returns the sidecar."""
+        sparsities, plan = self.sparsities(algorithm), self.plan
+        dtype = checkpoint_dtype(plan.folder)
+
+        def write(paths: list[Path]) -> list[dict[str, dict]]:
+            return ray.get(
+                [
+                    actor.export.remote(path, dtype, algorithm, sparsities[start:stop])
+                    for actor, path, (start, stop) in zip(self._replicas[0].actors, paths, self._bounds, strict=True)
+                ]
+            )
+
+        return export(plan.folder, out, plan.shards, write, algorithm, plan.sparsity, sparsities, details)
+
+    def stop(self) -> None:
+        for replica in getattr(self, "_replicas", []):
+            for actor in replica.actors:
+                ray.kill(actor)
+
+
+def _failed(error: str) -> Evaluation:
+    return Evaluation(nll=None, tokens=0, error=error)
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]

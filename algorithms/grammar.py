@@ -1,0 +1,218 @@
+"""The grammar that holds a language model's answer: GBNF, staged (a name is usable once it is defined) and typed.
+
+A local's letter is its type (`m0`, `r0`, `c0`: see `algorithms.operations`; scalars are written where they are needed). A state counts the locals of each
+type that stand above the current line; every state has its own rules, so an undefined name or a wrong shape cannot be
+written. A line is one operation whose operands are names, or one small operation on names: lines stay short, and what
+is larger goes through a local.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+
+from autoprune.algorithms.operations import OPERATIONS, TYPES
+
+TAUS = (0.25, 0.5, 0.75, 1, 1.5, 2)
+SLACKS = tuple(i / 10 for i in range(1, 10))
+DEPTHS = tuple(i / 10 for i in range(9))
+FACTORS = (0.1, 0.25, 0.5, 0.75, 2, 3)
+EXPONENTS = (0.25, 0.5, 0.75, 1.5, 2)
+
+# Types that a local may have.
+LOCALS = "mrc"
+
+# What can be read before any local exists.
+ATOMS: dict[str, tuple[str, ...]] = {
+    "m": ("W.abs()", "W.square()"),
+    "r": ("x_norm", "x_std", "x_mean.abs()"),
+    "c": (),
+    "s": (),
+}
+
+State = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The text of another rule."""
+
+    rule: str
+
+
+@dataclass(frozen=True)
+class Prose:
+    """Between `least` and `most` printable ASCII characters."""
+
+    least: int
+    most: int
+
+
+Item = str | Ref | Prose
+Alternatives = tuple[tuple[Item, ...], ...]
+Rules = dict[str, Alternatives]
+
+CONSTANTS: dict[str, Item] = {"k": Ref("k"), "e": Ref("e")}
+
+
+def _items(text: str, operands: dict[str, Item]) -> tuple[Item, ...]:
+    """A writing cut at its placeholders, each replaced by its operand."""
+    parts = re.split(r"\{(\w)\}", text)
+    return tuple(operands[part] if i % 2 else part for i, part in enumerate(parts) if part)
+
+
+def _placeholders(text: str) -> list[str]:
+    return [name for name in re.findall(r"\{(\w)\}", text) if name in TYPES]
+
+
+def _is_suffix(text: str) -> bool:
+    """Whether the writing is one operand and a method call: then the call is a rule that all states share."""
+    return len(_placeholders(text)) == 1 and text.startswith(f"{{{text[1]}}}.")
+
+
+WRITINGS = tuple(writing for operation in OPERATIONS for writing in operation.writings)
+SUFFIXES = {
+    (result, operand): tuple(text for r, text in WRITINGS if r == result and _is_suffix(text) and text[1] == operand)
+    for result, operand in itertools.product(TYPES, TYPES)
+}
+OTHERS = {result: tuple(text for r, text in WRITINGS if r == result and not _is_suffix(text)) for result in TYPES}
+# Products and powers: in parentheses, they may be operands themselves.
+FACTORED = {result: tuple(t for t in OTHERS[result] if re.fullmatch(r"\{\w\} \*\*? \{\w\}", t)) for result in TYPES}
+# What may be returned: the first operand is the newest matrix, so another one, not a scalar, must have a say; else the
+# weights would be ranked as that matrix ranks them.
+SCORES = tuple(text for text in OTHERS["m"] if set(_placeholders(text)[1:]) - {"s"})
+
+
+def _choice(values: tuple[float, ...]) -> Alternatives:
+    return tuple((f"{value:g}",) for value in values)
+
+
+def _shared_rules(max_locals: int) -> Rules:
+    rules: Rules = {
+        "root": (
+            (
+                *("Diagnosis: ", Ref("sentence"), "\nHypothesis: ", Ref("sentence"), "\nGroup: ", Ref("group")),
+                *("\nAllocation: sdsa tau=", Ref("tau"), " m=", Ref("slack"), " depth=", Ref("depth")),
+                *("\ndef score(W, x_norm, x_mean, x_std):", Ref("body000m")),
+            ),
+        ),
+        "sentence": ((Prose(20, 160),),),
+        "group": (("row",), ("matrix",)),
+        "tau": _choice(TAUS),
+        "slack": _choice(SLACKS),
+        "depth": _choice(DEPTHS),
+        "k": _choice(FACTORS),
+        "e": _choice(EXPONENTS),
+    }
+    for kind, count in itertools.product(LOCALS, range(max_locals + 1)):
+        names = ATOMS[kind] + tuple(f"{kind}{i}" for i in range(count))
+        if names:
+            rules[f"name-{kind}{count}"] = tuple((name,) for name in names)
+    for (result, operand), texts in SUFFIXES.items():
+        if texts:
+            rules[f"{operand}-to-{result}"] = tuple(_items(text[3:], CONSTANTS) for text in texts)
+    return rules
+
+
+def _operand_rule(result: str, names: dict[str, Item]) -> Alternatives:
+    """A name, a small operation on one name, a power, or a product of two names."""
+    alternatives: list[tuple[Item, ...]] = [(names[result],)] if result in names else []
+    alternatives += [(names[o], Ref(f"{o}-to-{result}")) for o in names if SUFFIXES.get((result, o))]
+    alternatives += [
+        _items(f"({text})", names | CONSTANTS)
+        for text in FACTORED[result]
+        if all(placeholder in names for placeholder in _placeholders(text))
+    ]
+    return tuple(alternatives)
+
+
+def _combinations(texts: tuple[str, ...], operands: dict[str, Item], prescribed: dict[str, Item]) -> Alternatives:
+    """The writings on operands. prescribed: by type, a name that must stand as the first operand of that type."""
+    alternatives: list[tuple[Item, ...]] = []
+    for text in texts:
+        if prescribed.keys() <= set(_placeholders(text)):
+            items = list(_items(text, operands))
+            for kind, name in prescribed.items():
+                items[items.index(operands[kind])] = name
+            alternatives.append(tuple(items))
+    return tuple(alternatives)
+
+
+def _line_rule(
+    result: str, texts: tuple[str, ...], operands: dict[str, Item], prescribed: dict[str, Item]
+) -> Alternatives:
+    """Method calls on one operand, and the writings."""
+    calls = tuple(
+        (prescribed.get(o, operands[o]), Ref(f"{o}-to-{result}"))
+        for o in TYPES
+        if SUFFIXES[result, o] and prescribed.keys() <= {o}
+    )
+    return calls + _combinations(texts, operands, prescribed)
+
+
+def _state_rules(state: State, max_locals: int) -> Rules:
+    """The operands that this state's names allow, and its lines.
+
+    No local is defined in vain: a row or column is used by the very next line (`body…r` is what may follow a
+    row), and the returned score is built on the newest matrix, so every score reads W.
+    """
+    tag = "".join(map(str, state))
+    counts = dict(zip(LOCALS, state, strict=True))
+    names: dict[str, Item] = {kind: Ref(f"name-{kind}{n}") for kind, n in counts.items() if ATOMS[kind] or n}
+    operands: dict[str, Item] = {kind: Ref(f"{kind}{tag}") for kind in TYPES} | CONSTANTS
+    rules: Rules = {f"{kind}{tag}": _operand_rule(kind, names) for kind in TYPES}
+    # Without a matrix local, an operation on two matrices has nothing but W to work on: all of its ranks are W's.
+    usable = {kind: tuple(t for t in OTHERS[kind] if counts["m"] or t.count("{m}") < 2) for kind in LOCALS}
+    scores = tuple(text for text in SCORES if text in usable["m"])
+    newest: Item = f"m{counts['m'] - 1}" if counts["m"] else names["m"]
+    for pending in ("m", *(kind for kind in "rc" if counts[kind])):
+        prescribed: dict[str, Item] = {} if pending == "m" else {pending: f"{pending}{counts[pending] - 1}"}
+        rules[f"return{tag}{pending}"] = _combinations(scores, operands, prescribed | {"m": newest})
+        body: list[tuple[Item, ...]] = [("\n    return ", Ref(f"return{tag}{pending}"))]
+        for i, kind in enumerate(LOCALS):
+            line = _line_rule(kind, usable[kind], operands, prescribed)
+            if line and sum(state) < max_locals:
+                after = "".join(str(count + (i == j)) for j, count in enumerate(state))
+                name = f"line-{kind}{tag}{pending}"
+                rules[name] = line
+                body.append((f"\n    {kind}{state[i]} = ", Ref(name), Ref(f"body{after}{kind}")))
+        rules[f"body{tag}{pending}"] = tuple(body)
+    return rules
+
+
+def answer_rules(max_locals: int = 3) -> Rules:
+    """The grammar as data: each rule's alternatives, each a sequence of literals, references and prose."""
+    rules = _shared_rules(max_locals)
+    for state in itertools.product(range(max_locals + 1), repeat=len(LOCALS)):
+        if sum(state) <= max_locals:
+            rules |= _state_rules(state, max_locals)
+    used, queue = {"root"}, ["root"]
+    while queue:
+        for alternative in rules[queue.pop()]:
+            new = {item.rule for item in alternative if isinstance(item, Ref)} - used
+            used |= new
+            queue += sorted(new)
+    return {name: alternatives for name, alternatives in rules.items() if name in used}
+
+
+def _gbnf(item: Item) -> str:
+    if isinstance(item, Ref):
+        return item.rule
+    if isinstance(item, Prose):
+        return f"[ -~]{{{item.least},{item.most}}}"
+    return '"' + item.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+def answer_grammar(max_locals: int = 3) -> str:
+    """GBNF text of the whole answer, as `language.parse_answer` reads it; starts at `root`.
+
+    max_locals: how many lines may stand above the return, 0 to 9.
+    """
+    if not 0 <= max_locals <= 9:
+        raise ValueError(f"max_locals is {max_locals}, expected 0 to 9")
+    lines = (
+        f"{name} ::= " + " | ".join(" ".join(map(_gbnf, alternative)) for alternative in alternatives)
+        for name, alternatives in answer_rules(max_locals).items()
+    )
+    return "\n".join(lines) + "\n"

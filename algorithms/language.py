@@ -1,0 +1,193 @@
+"""The algorithm language: read a candidate's score function, run it, check its shapes; read a model's whole answer."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from autoprune.algorithms.algorithm import GROUPS, Algorithm, Allocation
+from autoprune.algorithms.operations import OPERATIONS
+from autoprune.algorithms.reader import STATISTICS, LanguageError, canonical
+
+__all__ = ["STATISTICS", "LanguageError", "Program", "Proposal", "check_shapes", "parse", "parse_answer"]
+
+# All of torch that a program can name.
+FUNCTIONS = SimpleNamespace(**{o.name: getattr(torch, o.name) for o in OPERATIONS if o.form == "function"})
+
+# Wide, tall and square: what is right for all three is right for every shape, and no [in, in] or [out, out] passes.
+SHAPES = ((5, 7), (7, 5), (6, 6))
+
+# What an answer may choose for SDSA: lowest, highest, and the value where the answer names none.
+SDSA_BOUNDS = {"tau": (0.1, 4.0, 0.5), "m": (0.0, 0.95, 0.3), "depth": (0.0, 0.9, 0.0)}
+SDSA = Allocation("sdsa", {name: default for name, (_, _, default) in SDSA_BOUNDS.items()})
+
+MAX_THOUGHT = 400  # characters of a diagnosis or hypothesis
+
+
+@dataclass(frozen=True)
+class Program:
+    """A score function that was read.
+
+    source: canonical text: parameters are W and what is read, locals are v0, v1, … in order of first appearance,
+    lines without effect are gone, method calls wherever there is a choice, numbers are floats. Reading it again gives
+    the same text. reads: the statistics that it reads, in the order of STATISTICS.
+    """
+
+    source: str
+    reads: tuple[str, ...]
+    _score: Callable[..., Tensor] = field(repr=False, compare=False)
+
+    def __call__(self, W: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Scores, float32 [out, in], lower is pruned first; possibly W itself.
+
+        W: float32 [out, in]. statistics: float32 [in] by name; at least what `reads` names.
+        Raises LanguageError where the result has another shape or dtype.
+        """
+        scores = self._score(W, *(statistics[name] for name in self.reads))
+        if not isinstance(scores, Tensor):
+            raise LanguageError(f"score returned a {type(scores).__name__}, expected a tensor of W's shape")
+        if scores.shape != W.shape or scores.dtype != torch.float32:
+            raise LanguageError(
+                f"score returned {_dtype(scores)} {list(scores.shape)}, expected float32 {list(W.shape)} as W has"
+            )
+        return scores
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def parse(source: str) -> Program:
+    """Read a score function, with any local names, from any source; a leading `import torch` is dropped.
+
+    Raises LanguageError for everything outside the language. Shapes are not checked here, but by `check_shapes`.
+    """
+    text, reads = canonical(source)
+    namespace: dict = {"__builtins__": {}, "range": range, "torch": FUNCTIONS}
+    exec(compile(text, "<score>", "exec"), namespace)
+    return Program(text, reads, namespace["score"])
+
+
+class _SizeLimit(TorchFunctionMode):
+    """Refuses results with more numbers than W has, such as outer products of a row with itself."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() > self.shape[0] * self.shape[1]:
+            raise LanguageError(f"a value of shape {list(result.shape)} is larger than W {list(self.shape)}")
+        return result
+
+
+def check_shapes(program: Program) -> None:
+    """Run the program on meta tensors (nothing is computed) of several shapes.
+
+    Raises LanguageError where an operation fails, a value outgrows W, or the result is not float32 of W's shape.
+    """
+    for rows, columns in SHAPES:
+        W = torch.empty(rows, columns, device="meta")
+        statistics = {name: torch.empty(columns, device="meta") for name in program.reads}
+        try:
+            with _SizeLimit((rows, columns)):
+                program(W, statistics)
+        except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
+            raise LanguageError(_where(program, error)) from None
+
+
+def _where(program: Program, error: Exception) -> str:
+    """The first line of the message, and the program's line that raised it."""
+    message = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<score>"]
+    return f"in `{program.source.splitlines()[lines[-1] - 1].strip()[:160]}`: {message}" if lines else message
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a language model's answer says: one sentence each of diagnosis and hypothesis ("" if missing)."""
+
+    diagnosis: str
+    hypothesis: str
+    algorithm: Algorithm
+
+
+def _line(text: str, name: str) -> str:
+    """What stands after `name:`, at its last occurrence at the beginning of a line; markup around it is dropped."""
+    found = re.findall(rf"^[^\w\n]*{name}[*_ \t]*:[*_ \t]*(.*)$", text, re.IGNORECASE | re.MULTILINE)
+    return found[-1].strip() if found else ""
+
+
+def _thought(text: str, name: str) -> str:
+    printable = "".join(character if character.isprintable() else " " for character in _line(text, name))
+    return " ".join(printable.split())[:MAX_THOUGHT]
+
+
+def _allocation(line: str, default: Allocation) -> Allocation:
+    if not line:
+        return default
+    name, *settings = re.sub(r"[`*,]", " ", line).split() or [""]
+    if name == "uniform" and not settings:
+        return Allocation("uniform")
+    parameters = dict(SDSA.parameters)
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        low, high, _ = SDSA_BOUNDS.get(key, (1, 0, 0))
+        if not re.fullmatch(r"\d*\.?\d+", value) or not low <= float(value) <= high:
+            name = ""
+        else:
+            parameters[key] = float(value)
+    if name != "sdsa":
+        bounds = " ".join(f"{key}={low:g}…{high:g}" for key, (low, high, _) in SDSA_BOUNDS.items())
+        raise LanguageError(f"the allocation is '{line[:80]}', expected 'uniform' or 'sdsa {bounds}'")
+    return Allocation("sdsa", parameters)
+
+
+def _function(text: str) -> tuple[str, bool]:
+    """The source of the first `def score`, and whether it runs to the end of the text."""
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if re.match(r"\s*def\s+score\b", line))
+    indent = len(lines[first]) - len(lines[first].lstrip())
+    open_brackets = 0
+    for last, line in enumerate(lines[first:], first):
+        outside = line.strip() and len(line) - len(line.lstrip()) <= indent and open_brackets <= 0
+        if last > first and (outside or line.lstrip().startswith("```")):
+            return textwrap.dedent("\n".join(lines[first:last])), False
+        open_brackets += len(re.findall(r"[(\[{]", line)) - len(re.findall(r"[)\]}]", line))
+    return textwrap.dedent("\n".join(lines[first:])), True
+
+
+def parse_answer(text: str, group: str = "row", allocation: Allocation = SDSA) -> Proposal:
+    """Read an answer of the form that `grammar.answer_grammar` enforces, and less orderly ones.
+
+    Code fences, markup, and prose before and after are skipped; the thoughts may be missing; group and allocation are
+    what holds where the answer names none. Of several functions the first counts.
+    Raises LanguageError where there is no function, where it was cut, or where it is outside the language.
+    """
+    start = re.search(r"^\s*def\s+score\b", text, re.MULTILINE)
+    if start is None:
+        raise LanguageError("the answer holds no line `def score(W, …):`; it was cut, or the function never written")
+    head = text[: start.start()]
+    source, at_end = _function(text)
+    try:
+        program = parse(source)
+    except LanguageError as error:
+        if at_end and ("not Python" in str(error) or "return" not in source.splitlines()[-1]):
+            raise LanguageError("the answer was cut before the function ended; write a shorter one") from None
+        raise
+    named = _line(head, "Group")
+    found = re.search(rf"\b({'|'.join(GROUPS)})\b", named.lower())
+    if named and not found:
+        raise LanguageError(f"the group is '{named[:80]}', expected {' or '.join(GROUPS)}")
+    chosen = found[1] if found else group
+    algorithm = Algorithm(program.source, chosen, _allocation(_line(head, "Allocation"), allocation))
+    return Proposal(_thought(head, "Diagnosis"), _thought(head, "Hypothesis"), algorithm)

@@ -1,0 +1,5 @@
+import sys
+
+from autoprune.pipeline.cli import main
+
+sys.exit(main())

@@ -1,0 +1,111 @@
+"""Where a transformers model keeps its decoder blocks, and loading only some of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from autoprune.models.errors import InputError
+from autoprune.models.loading import load_config
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name → safetensors file that holds it, for a checkpoint folder in the Hugging Face layout."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise InputError(
+            f"{folder} holds no model.safetensors: expected a safetensors checkpoint; save it as one first"
+        )
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def read_tensors(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:
+    """Just these tensors of a checkpoint, in the dtype on disk; names that it does not hold are left out."""
+    tensors = {}
+    files = weight_files(folder)
+    for path in sorted({files[name] for name in names if name in files}):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
+                if name in names:
+                    tensors[name] = file.get_tensor(name)
+    return tensors
+
+
+def prunable(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of one block by name: what pruning may touch. Norms are no linear layers."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+class DecoderRange(nn.Module):
+    """Blocks start … stop−1 of a causal language model, with the embedding if first and norm and head if last.
+
+    Only their weights are read from disk. One block runs by giving the model's own decoder a single layer and the
+    hidden states: masks, positions and rotary embeddings stay the family's own business.
+    """
+
+    def __init__(self, folder: Path, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config: PreTrainedConfig = load_config(folder)
+        self.start, self.stop, self.count = start, stop, self.config.num_hidden_layers
+        self.first, self.last = start == 0, stop == self.count
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
+        decoder = model.get_decoder()
+        for part in ("layers", "norm", "embed_tokens", "rotary_emb"):
+            if not hasattr(decoder, part):
+                family = type(model).__name__
+                raise InputError(
+                    f"{family} is not supported: looked for decoder.{part}, as Llama and Qwen2 have; choose such a model"
+                )
+        prefix = next(name for name, module in model.named_modules() if module is decoder)
+        self.block_prefix = f"{prefix}.layers"
+        names = {f"{prefix}.norm.weight", "lm_head.weight", f"{prefix}.embed_tokens.weight"}
+        head_source = f"{prefix}.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+
+        def wanted(name: str) -> bool:
+            if name.startswith(self.block_prefix + "."):
+                return start <= int(name[len(self.block_prefix) + 1 :].split(".")[0]) < stop
+            return (
+                (name in names and self.last and name != f"{prefix}.embed_tokens.weight")
+                or (name == f"{prefix}.embed_tokens.weight" and self.first)
+                or (name == head_source and self.last)
+            )
+
+        files = weight_files(folder)
+        tensors = read_tensors(folder, {name for name in files if wanted(name)})
+        tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+        if self.last and self.config.tie_word_embeddings:
+            tensors["lm_head.weight"] = tensors[head_source]
+        model.load_state_dict(tensors, strict=False, assign=True)
+        self.blocks = nn.ModuleList(decoder.layers[start:stop])
+        self.embedding = decoder.embed_tokens if self.first else None
+        self.norm = decoder.norm if self.last else None
+        self.head = model.get_output_embeddings() if self.last else None
+        missing = [name for name, parameter in self.named_parameters() if parameter.is_meta]
+        if missing:
+            raise InputError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more: the checkpoint is incomplete")
+        # What is not a weight (rotary frequencies) was made on the meta device and is made anew here.
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=self.config).to(device)
+        decoder.norm, decoder.embed_tokens = nn.Identity(), None
+        self._layer_types = getattr(self.config, "layer_types", None)
+        # A plain list hides the decoder from this module's parameters: its layers change with each call.
+        self._decoder = [decoder]
+        self.requires_grad_(False)
+        self.eval()
+
+    def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Block start+index on hidden states [windows, L, D] → the same shape."""
+        decoder = self._decoder[0]
+        decoder.layers = nn.ModuleList([self.blocks[index]])
+        if self._layer_types is not None:
+            decoder.config.layer_types = [self._layer_types[self.start + index]]
+        return decoder(inputs_embeds=hidden, use_cache=False).last_hidden_state

@@ -1,0 +1,138 @@
+"""Prune or measure one whole model in this process: a single shard that holds every block, without Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from autoprune.algorithms.algorithm import Algorithm
+from autoprune.algorithms.allocation import allocate, check_allocation
+from autoprune.models.corpora import load_corpus, token_windows
+from autoprune.models.errors import InputError
+from autoprune.models.export import check_output, export
+from autoprune.models.loading import load_config, load_tokenizer, resolve_model
+from autoprune.models.shard import ModelShard
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """`ppl_token@context` of a model: exp of `nll` (nats per token over `tokens` scored tokens)."""
+
+    model: str
+    corpus: str
+    corpus_sha256: str
+    context: int
+    windows: int
+    tokens: int
+    dtype: str
+    nll: float
+    perplexity: float
+    standard_error: float
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_sparsity(sparsity: float) -> None:
+    if not 0 < sparsity < 1:
+        raise InputError(f"sparsity is {sparsity:g}: expected a number between 0 and 1, such as 0.6 for 60%")
+
+
+def check_context(context: int, limit: int, what: str) -> None:
+    if not 2 <= context <= limit:
+        raise InputError(f"context is {context}: expected 2 to {limit}, which is what {what} was made for")
+
+
+def _whole_model(folder: Path, dtype: str, device: str | None) -> ModelShard:
+    return ModelShard(folder, 0, load_config(folder).num_hidden_layers, dtype, device or default_device())
+
+
+def evaluate(
+    model: str,
+    corpus: str,
+    context: int = 2048,
+    windows: int | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+) -> Perplexity:
+    """Perplexity of a model (name, folder or hub id) on a corpus, over at most `windows` windows of `context` tokens.
+
+    Raises InputError for an unknown model or corpus, or a text shorter than one window.
+    """
+    text = load_corpus(corpus)
+    folder = resolve_model(model)
+    check_context(context, load_config(folder).max_position_embeddings, model)
+    tokens = token_windows(text, load_tokenizer(folder), context, windows)
+    shard = _whole_model(folder, dtype, device)
+    _, report = shard.forward("evaluate", tokens, tokens)
+    nlls = torch.tensor(report.window_nlls, dtype=torch.float64)
+    nll = float(nlls.mean())
+    return Perplexity(
+        model=model,
+        corpus=corpus,
+        corpus_sha256=text.sha256,
+        context=context,
+        windows=len(tokens),
+        tokens=len(tokens) * (context - 1),
+        dtype=dtype,
+        nll=nll,
+        perplexity=math.exp(nll),
+        standard_error=float(nlls.std() / math.sqrt(len(tokens))) if len(tokens) > 1 else math.inf,
+    )
+
+
+def prune(
+    model: str,
+    algorithm: Algorithm,
+    sparsity: float,
+    calibration: str,
+    out: Path,
+    context: int = 512,
+    windows: int | None = 32,
+    dtype: str = "float32",
+    device: str | None = None,
+    progress: Progress = lambda _: None,
+) -> dict:
+    """Prune a model and write it to `out`; returns the sidecar's content.
+
+    model: bundled name, local folder or hub id; calibration: a corpus, of which at most `windows` windows of
+    `context` tokens are used; dtype: what is computed in (the checkpoint keeps its own dtype).
+    Raises InputError, before anything is written, for unusable input.
+    """
+    check_sparsity(sparsity)
+    check_allocation(algorithm.allocation)
+    check_output(out)
+    text = load_corpus(calibration)
+    folder = resolve_model(model)
+    check_context(context, load_config(folder).max_position_embeddings, model)
+    tokens = token_windows(text, load_tokenizer(folder), context, windows)
+    progress(f"loading {model}")
+    shard = _whole_model(folder, dtype, device)
+    progress(f"calibrating on {len(tokens)} windows of {context} tokens")
+    shard.calibrate(tokens)
+    profiles = shard.profiles()
+    sparsities = allocate(algorithm.allocation, profiles, sparsity)
+    progress("pruning and writing")
+    details = {
+        "model": model,
+        "calibration": {"corpus": calibration, "sha256": text.sha256, "windows": len(tokens), "context": context},
+        "dtype": dtype,
+        "profiles": [asdict(profile) for profile in profiles],
+    }
+
+    def write(paths: list[Path]) -> list[dict[str, dict]]:
+        return [shard.export(paths[0], checkpoint_dtype(folder), algorithm, sparsities)]
+
+    return export(folder, out, 1, write, algorithm, sparsity, sparsities, details)
+
+
+def checkpoint_dtype(folder: Path) -> str:
+    """The dtype that the checkpoint declares, such as "bfloat16"; float32 where it declares none."""
+    return str(load_config(folder).dtype or torch.float32).removeprefix("torch.")

@@ -1,0 +1,193 @@
+"""The `autoprune` command. Nothing heavy is imported before a command is known, so that help is instant.
+
+Exit codes: 0 done; 1 something failed; 2 what was given cannot be used; 130 or 143 stopped by Ctrl-C or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    from autoprune.models.errors import InputError
+
+    try:
+        return options.run(options) or 0
+    except InputError as error:
+        print(f"autoprune: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"autoprune: cannot write or read{where}: {error.strerror}; free space or choose another folder",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="autoprune",
+        description="A language model designs, measures and improves the algorithm that prunes a model.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    search = commands.add_parser("search", help="search for a pruning algorithm")
+    search.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml")
+    search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as target.sparsity=0.5")
+    search.add_argument("--resume", metavar="RUN", help="name or folder of a run that was stopped")
+    search.set_defaults(run=_search)
+
+    prune = commands.add_parser("prune", help="prune a model with a known algorithm")
+    _model(prune)
+    prune.add_argument("--score", default="wanda", help="magnitude, wanda, ria, or a file with a score function")
+    prune.add_argument("--group", choices=("row", "matrix"), help="where scores compete; default: as the score's paper")
+    prune.add_argument("--allocation", default="sdsa", help="uniform, sdsa, owl, atp")
+    prune.add_argument("--sparsity", type=float, required=True, help="share of the weights to remove, such as 0.6")
+    prune.add_argument("--calibration", default="wikipedia-sample[0:40]", help="corpus (see evaluate --help)")
+    prune.add_argument("--context", type=int, default=512)
+    prune.add_argument("--windows", type=int, default=32, help="windows of calibration text, at most")
+    prune.add_argument("--out", type=Path, required=True)
+    prune.set_defaults(run=_prune)
+
+    evaluate = commands.add_parser("evaluate", help="perplexity of a model")
+    _model(evaluate)
+    evaluate.add_argument(
+        "--corpus", required=True, help="bundled name, .txt/.jsonl/.parquet file or hub dataset, then perhaps [a:b]"
+    )
+    evaluate.add_argument("--context", type=int, default=512, help="tokens per window")
+    evaluate.add_argument("--windows", type=int, help="at most so many windows; default: all")
+    evaluate.add_argument("--json", action="store_true")
+    evaluate.set_defaults(run=_evaluate)
+
+    models = commands.add_parser("models", help="bundled models and corpora")
+    actions = models.add_subparsers(required=True, metavar="list | fetch NAME")
+    actions.add_parser("list").set_defaults(run=_models_list)
+    fetch = actions.add_parser("fetch")
+    fetch.add_argument("name")
+    fetch.set_defaults(run=_models_fetch)
+
+    report = commands.add_parser("report", help="show what a search found")
+    report.add_argument("folder", metavar="RUN", help="name or folder of a run")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="bundled name, local folder or hub id")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="to compute in")
+
+
+def _run_folder(name: str) -> Path:
+    """A run by folder, or by name in runs/."""
+    from autoprune.models.errors import InputError
+
+    for folder in (Path(name), Path("runs") / name):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise InputError(f"no run {name!r}: expected a run's folder, or a name in {Path('runs').resolve()}")
+
+
+def _search(options: argparse.Namespace) -> int:
+    from autoprune.models.errors import InputError
+    from autoprune.pipeline.config import load_config
+
+    if options.resume:
+        folder = _run_folder(options.resume)
+        config = load_config(options.config or folder / "config.yaml", options.set)
+        if config.folder.resolve() != folder.resolve():
+            raise InputError(f"--resume {options.resume} is {folder}, but the configuration names {config.folder}")
+    elif options.config is None:
+        raise InputError("nothing to search: give a CONFIG.yaml, such as configs/demo.yaml, or --resume RUN")
+    else:
+        config = load_config(options.config, options.set)
+
+    from autoprune.pipeline.launch import Stopped, run_search
+    from autoprune.pipeline.progress import ConsoleProgress
+
+    progress = ConsoleProgress()
+    try:
+        folder = run_search(config, bool(options.resume), progress)
+    except Stopped as stopped:
+        progress.say(f"stopped by {stopped}; go on with: autoprune search --resume {config.folder}")
+        return 143 if str(stopped) == "SIGTERM" else 130
+    _print_report(folder)
+    return 0
+
+
+def _prune(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from autoprune.models.pruning import prune
+    from autoprune.pipeline.population import baseline, read_score
+    from autoprune.pipeline.progress import ConsoleProgress
+
+    algorithm = (
+        read_score(Path(options.score), options.allocation)
+        if options.score.endswith(".py")
+        else baseline(f"{options.score}+{options.allocation}")
+    )
+    if options.group:
+        algorithm = replace(algorithm, group=options.group)
+    sidecar = prune(
+        options.model, algorithm, options.sparsity, options.calibration, options.out,
+        context=options.context, windows=options.windows, dtype=options.dtype, progress=ConsoleProgress().say,
+    )  # fmt: skip
+    achieved = sidecar["sparsity"]["achieved"]
+    print(f"{options.out}: {achieved:.4%} of the weights of {len(sidecar['layers'])} linear layers pruned")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from autoprune.models.pruning import evaluate
+
+    result = evaluate(options.model, options.corpus, options.context, options.windows, options.dtype)
+    if options.json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(
+            f"ppl_token@{result.context} of {result.model} on {result.corpus}: {result.perplexity:.4f}\n"
+            f"nll {result.nll:.6f} ± {result.standard_error:.4f} nats per token, {result.tokens} tokens in "
+            f"{result.windows} windows, {result.dtype}"
+        )
+
+
+def _models_list(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from autoprune.models.bundled import available
+
+    table = Table("name", "kind", "download", "here", "licence", "origin")
+    for entry in available():
+        size = f"{entry.download_bytes / 1e6:,.0f} MB"
+        table.add_row(entry.name, entry.kind, size, "yes" if entry.on_disk() else "no", entry.licence, entry.origin)
+    Console().print(table)
+
+
+def _models_fetch(options: argparse.Namespace) -> None:
+    from autoprune.models.bundled import fetch
+
+    print(fetch(options.name))
+
+
+def _report(options: argparse.Namespace) -> None:
+    _print_report(_run_folder(options.folder))
+
+
+def _print_report(folder: Path) -> None:
+    from rich.console import Console
+
+    from autoprune.pipeline.report import print_report
+
+    print_report(folder, Console())

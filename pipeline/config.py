@@ -1,0 +1,263 @@
+"""The configuration of a search: frozen dataclasses, read strictly from YAML and `--set key=value`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from autoprune.models.errors import InputError
+
+GENERATOR_KINDS = ("vllm", "openai", "scripted")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model to prune.
+
+    model: bundled name, local folder or hub id. dtype: what is computed in; the pruned checkpoint keeps its own.
+    """
+
+    model: str = "smollm2-135m-instruct"
+    sparsity: float = 0.6
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Who writes candidates.
+
+    kind: "vllm" serves `model` in a Ray actor, "openai" asks the server at `base_url` for `model` (its key is read
+    from the environment variable `api_key_variable`), "scripted" reads `answers`, a file.
+    temperature: of the first round; it rises by `heat` with each further round of a generation.
+    max_model_len, kv_cache_gib (on a CPU) and engine (further arguments of vLLM's AsyncEngineArgs) are for "vllm".
+    """
+
+    kind: str = "vllm"
+    model: str = "qwen2.5-coder-1.5b-instruct"
+    base_url: str = "http://127.0.0.1:8000/v1"
+    api_key_variable: str = "OPENAI_API_KEY"
+    answers: str = ""
+    temperature: float = 0.9
+    heat: float = 0.15
+    max_tokens: int = 400
+    max_model_len: int = 4096
+    kv_cache_gib: int = 1
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluators:
+    """The actors that measure candidates: `replicas` pipelines of `shards` actors.
+
+    threads: of each actor, on a CPU. deadline: seconds that a replica may take for one candidate before it is
+    replaced; attempts: how often a candidate may cause that before it is given up.
+    """
+
+    shards: int = 2
+    replicas: int = 1
+    threads: int = 1
+    deadline: float = 600.0
+    attempts: int = 2
+
+
+@dataclass(frozen=True)
+class Data:
+    """Three splits of text that must not overlap: what calibrates, what the search sees, and what it never sees.
+
+    Each is a corpus with an optional slice of documents, cut into windows of `context` tokens.
+    """
+
+    context: int = 512
+    calibration: str = "wikipedia-sample[0:40]"
+    calibration_windows: int = 32
+    fitness: str = "wikipedia-sample[40:70]"
+    fitness_windows: int = 8
+    report: str = "wikipedia-sample[70:107]"
+    report_windows: int = 16
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """How candidates are proposed.
+
+    seeds: baselines as `score` or `score+allocation`. generations × candidates new algorithms are measured.
+    A generation asks `prompts` prompts for `answers` answers in all, in at most `rounds` rounds, until it has enough
+    algorithms that are new. elites: how many of the best are parents. operators: relative frequencies.
+    """
+
+    seeds: tuple[str, ...] = ("magnitude", "wanda", "wanda+owl", "wanda+sdsa", "ria+sdsa")
+    generations: int = 3
+    candidates: int = 8
+    prompts: int = 4
+    answers: int = 16
+    rounds: int = 3
+    elites: int = 4
+    operators: dict[str, float] = field(default_factory=lambda: {"explore": 1.0, "mutate": 2.0, "crossover": 1.0})
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """MLflow. uri: a server or a database; empty: `mlflow.db` in the folder of runs."""
+
+    uri: str = ""
+    experiment: str = "autoprune"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a search depends on. name: of the run; runs: the folder in which runs lie."""
+
+    name: str = "search"
+    runs: str = "runs"
+    seed: int = 0
+    target: Target = field(default_factory=Target)
+    generator: Generator = field(default_factory=Generator)
+    evaluators: Evaluators = field(default_factory=Evaluators)
+    data: Data = field(default_factory=Data)
+    search: SearchPlan = field(default_factory=SearchPlan)
+    tracking: Tracking = field(default_factory=Tracking)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+    def to_dict(self) -> dict:
+        return _plain(dataclasses.asdict(self))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `key.subkey=value` overrides. Raises InputError, one line, for anything unusable."""
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise InputError(f"cannot read configuration {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{where} is not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds {type(data).__name__}: expected keys such as target, generator, search")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {override}: expected key=value, such as --set target.sparsity=0.5")
+        _set(data, key.split("."), yaml.safe_load(value))
+    config = _build(Config, data, "")
+    check_config(config)
+    return config
+
+
+def _set(data: dict, keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise InputError(f"--set {'.'.join(keys)}: {key} has no keys below it")
+    data[keys[-1]] = value
+
+
+def _build(cls: type, data: Any, where: str) -> Any:
+    """A dataclass from a mapping; unknown keys and wrong types are refused with the key's whole path."""
+    if not isinstance(data, dict):
+        raise InputError(f"{where or 'configuration'} is {data!r}: expected keys and values")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            advice = f"did you mean {where}{near[0]}?" if near else f"expected one of {', '.join(hints)}"
+            raise InputError(f"unknown configuration key {where}{key}: {advice}")
+    return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where + ".")
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise InputError(f"{where} is {value!r}: expected a list")
+        return tuple(_convert(typing.get_args(hint)[0], item, where) for item in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{where} is {value!r}: expected keys and values")
+        inner = typing.get_args(hint)[1]
+        return {
+            str(key): item if inner is Any else _convert(inner, item, f"{where}.{key}") for key, item in value.items()
+        }
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        name = {str: "text", int: "a whole number", float: "a number"}.get(hint, str(hint))
+        raise InputError(f"{where} is {value!r}: expected {name}")
+    return value
+
+
+def check_config(config: Config) -> None:
+    """InputError, one line, for values that no search can run with. Does not look at models, texts or the network."""
+    target, generator, evaluators, data, search = (
+        config.target, config.generator, config.evaluators, config.data, config.search
+    )  # fmt: skip
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        raise InputError(f"name is {config.name!r}: expected a folder name without slashes")
+    if not 0 < target.sparsity < 1:
+        raise InputError(
+            f"target.sparsity is {target.sparsity:g}: expected a number between 0 and 1, such as 0.6 for 60%"
+        )
+    _one_of("target.dtype", target.dtype, DTYPES)
+    _one_of("generator.kind", generator.kind, GENERATOR_KINDS)
+    if generator.kind == "scripted" and not generator.answers:
+        raise InputError("generator.answers is empty: a scripted generator needs a file of answers")
+    for section, names in (
+        ("evaluators", ("shards", "replicas", "threads", "deadline", "attempts")),
+        ("data", ("context", "calibration_windows", "fitness_windows", "report_windows")),
+        ("search", ("generations", "candidates", "prompts", "answers", "rounds", "elites")),
+        ("generator", ("max_tokens", "max_model_len", "kv_cache_gib")),
+    ):
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if value <= 0:
+                raise InputError(f"{section}.{name} is {value:g}: expected more than 0")
+    if data.context < 2:
+        raise InputError(f"data.context is {data.context}: expected at least 2 tokens")
+    if search.answers < search.prompts:
+        raise InputError(f"search.answers is {search.answers}: expected at least search.prompts ({search.prompts})")
+    if not search.seeds:
+        raise InputError("search.seeds is empty: expected at least one baseline, such as wanda")
+    for operator, weight in search.operators.items():
+        _one_of("search.operators", operator, ("explore", "mutate", "crossover"))
+        if weight < 0:
+            raise InputError(f"search.operators.{operator} is {weight:g}: expected 0 or more")
+    if not sum(search.operators.values()) > 0:
+        raise InputError("search.operators are all 0: at least one must be positive")
+
+
+def _one_of(key: str, value: str, choices: typing.Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        raise InputError(f"{key} is {value!r}: expected {' or '.join(choices)}" + (f"; {near[0]}?" if near else ""))
+
+
+def difference(old: Config, new: Config) -> list[str]:
+    """One line per key whose value differs: `key: old → new`."""
+
+    def walk(a: Any, b: Any, where: str) -> list[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            return [line for key in {**a, **b} for line in walk(a.get(key), b.get(key), f"{where}.{key}".strip("."))]
+        return [] if a == b else [f"{where}: {a!r} → {b!r}"]
+
+    return walk(old.to_dict(), new.to_dict(), "")

@@ -1,0 +1,132 @@
+"""Graph-driven Chain-of-Thought (our reconstruction): a prompt is a chain of reasoning read off the lineage graph.
+
+It walks from the oldest ancestor of a focal candidate down to it; at each step it sets the best and the worst other
+child beside it; each becomes a numbered step *claim → evidence → conclusion*. The answer is asked for in the order
+diagnosis, hypothesis, algorithm.
+"""
+
+from __future__ import annotations
+
+import math
+
+from autoprune.pipeline.lineage import Candidate, Lineage
+
+Messages = tuple[tuple[str, str], ...]
+
+SYSTEM = """You design pruning algorithms for language models. The `score` function gives every weight of a linear \
+layer a number; in each comparison group the lowest scores are pruned. Nothing is retrained.
+W: weights [out, in]. x_norm, x_mean, x_std: root mean square, mean and standard deviation of each input feature, [in].
+Group: row (weights of one output compete) or matrix (all weights of the layer compete).
+Allocation: how the budget is spread over the blocks. tau: lower = more weight on skewed blocks; m: share of the budget \
+that follows skewness, 0 is uniform; depth: how much more early blocks keep than late ones.
+Answer in exactly this form:
+Diagnosis: <what limits the candidate, one sentence>
+Hypothesis: <what you change and why the error will fall, one sentence>
+Group: row
+Allocation: sdsa tau=0.5 m=0.3 depth=0.2
+def score(W, x_norm, x_mean, x_std):
+    m0 = <expression>
+    return <expression>"""
+
+TASKS = {
+    "explore": "Task (explore): write an algorithm of a different kind than every one above: other statistics, "
+    "another normalisation, or another way to combine them.",
+    "mutate": "Task (mutate): change step {focal} in the one respect that the evidence says is worst, and keep the "
+    "rest. Changing the allocation counts.",
+    "crossover": "Task (crossover): join what works in step {focal} with what works in step {partner}.",
+}
+
+KNOWN_LIMIT = 12  # algorithms listed as written already; more would crowd out the reasoning
+
+
+def build_prompt(
+    lineage: Lineage, operator: str, parents: tuple[str, ...], dense_nll: float, sparsity: float
+) -> Messages:
+    """The prompt for one operator application: (role, text) messages. A function of its arguments alone."""
+    steps = _walk(lineage, parents)
+    numbers = {candidate.id: number for number, candidate in enumerate(steps, start=1)}
+    lines = [
+        f"{sparsity:.0%} of the weights are pruned. Fitness: mean negative log-likelihood of the pruned model in nats "
+        f"per token, lower is better; the dense model has {dense_nll:.3f}.",
+        "",
+        "What was tried:",
+    ]
+    lines += [_step(lineage, candidate, numbers) for candidate in steps]
+    known = [c for c in lineage.evaluated() if c.id not in numbers][:KNOWN_LIMIT]
+    if known:
+        lines += ["", "Also measured, do not write these or the above again:"]
+        lines += [f"- {_one_line(c)} → {c.fitness:.3f}" for c in known]
+    task = TASKS[operator].format(focal=numbers[parents[0]], partner=numbers[parents[-1]])
+    lines += ["", task, "Give the diagnosis, the hypothesis, then the algorithm."]
+    return (("system", SYSTEM), ("user", "\n".join(lines)))
+
+
+def _walk(lineage: Lineage, parents: tuple[str, ...]) -> list[Candidate]:
+    """The candidates that the prompt speaks of, in proposal order, which is topological."""
+    chosen = {}
+    for ancestor in lineage.ancestors_path(parents[0]):
+        chosen[ancestor.id] = ancestor
+        measured = sorted(
+            (c for c in lineage.children(ancestor.id) if c.status == "evaluated" and c.id not in parents),
+            key=lambda c: c.fitness,
+        )
+        for contrast in {c.id: c for c in measured[:1] + measured[-1:]}.values():
+            chosen[contrast.id] = contrast
+    for partner in parents[1:]:
+        chosen[partner] = lineage[partner]
+    return [candidate for candidate in lineage if candidate.id in chosen]
+
+
+def _step(lineage: Lineage, candidate: Candidate, numbers: dict[str, int]) -> str:
+    """One numbered step: claim, algorithm, evidence, conclusion."""
+    number = numbers[candidate.id]
+    sources = [str(numbers[parent]) for parent in candidate.parents if parent in numbers]
+    origin = f" ({candidate.operator} of {' and '.join(sources)})" if sources else ""
+    code = candidate.algorithm.score.strip().replace("\n", "\n   ")
+    text = [
+        f"{number}.{origin} Claim: {candidate.hypothesis or 'none given'}",
+        f"   Group: {candidate.algorithm.group}. Allocation: {candidate.algorithm.allocation}.",
+        f"   {code}",
+        f"   Evidence: fitness {candidate.fitness:.3f}{_moved(lineage, candidate)}{_damage(candidate)}.",
+        f"   Conclusion: {_conclusion(lineage, candidate)}",
+    ]
+    return "\n".join(text)
+
+
+def _moved(lineage: Lineage, candidate: Candidate) -> str:
+    if not candidate.parents:
+        return ""
+    edge = lineage.edge(candidate.parents[0], candidate.id)
+    if "effect" not in edge:
+        return ""
+    text = f", {edge['effect']:+.3f} ± {edge['effect_error']:.3f} against its parent"
+    if not math.isnan(edge.get("mask_distance", math.nan)):
+        text += f"; {edge['mask_distance']:.0%} of the mask differs"
+    return text
+
+
+def _damage(candidate: Candidate) -> str:
+    """The two blocks in which the relative error of the hidden states grows most."""
+    errors = candidate.evaluation.block_errors
+    if not errors:
+        return ""
+    growth = [after - before for before, after in zip((0.0, *errors), errors, strict=False)]
+    worst = sorted(range(len(growth)), key=growth.__getitem__, reverse=True)[:2]
+    blocks = " and ".join(f"{block} (+{growth[block]:.2f})" for block in worst)
+    return f"; the error grows most in blocks {blocks} of {len(growth)}"
+
+
+def _conclusion(lineage: Lineage, candidate: Candidate) -> str:
+    if not candidate.parents:
+        return "a known baseline."
+    verdict = lineage.edge(candidate.parents[0], candidate.id)["verdict"]
+    return {
+        "confirmed": "the claim is confirmed.",
+        "refuted": "the claim is refuted.",
+        "inconclusive": "no difference beyond the noise.",
+    }.get(verdict, f"{verdict}.")
+
+
+def _one_line(candidate: Candidate) -> str:
+    body = [line.strip() for line in candidate.algorithm.score.strip().splitlines()[1:]]
+    return f"{'; '.join(body)} [{candidate.algorithm.group}, {candidate.algorithm.allocation}]"

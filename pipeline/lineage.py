@@ -1,0 +1,147 @@
+"""The lineage graph: every candidate, what it claimed, and what was measured against its parents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import networkx as nx
+
+from autoprune.actors.messages import Evaluation
+from autoprune.algorithms.algorithm import Algorithm
+
+# proposed: written, not yet measured; invalid: refused by the language or the probe; repeat: its masks exist already;
+# evaluated: has a fitness; failed: its evaluation raised.
+STATUSES = ("proposed", "invalid", "repeat", "evaluated", "failed")
+
+
+@dataclass
+class Candidate:
+    """An algorithm with its thought, parents, hypothesis, status and measurements.
+
+    id: `g<generation>-c<index>`, seeds `seed-<name>`. algorithm: None where the answer could not be read.
+    prompt: the text that the language model was given, answer: what it wrote (both empty for seeds).
+    mask: packed masks on the probe layers, hexadecimal. repeats: id of the candidate that has the same masks.
+    """
+
+    id: str
+    generation: int
+    operator: str
+    parents: tuple[str, ...] = ()
+    algorithm: Algorithm | None = None
+    diagnosis: str = ""
+    hypothesis: str = ""
+    prompt: str = ""
+    answer: str = ""
+    status: str = "proposed"
+    error: str | None = None
+    mask: str = ""
+    mask_hash: str = ""
+    repeats: str | None = None
+    evaluation: Evaluation | None = None
+
+    @property
+    def fitness(self) -> float:
+        """Mean negative log-likelihood per token on the fitness split, nats; infinite where there is none."""
+        return self.evaluation.nll if self.evaluation is not None and self.status == "evaluated" else math.inf
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Candidate:
+        data = dict(data)
+        data["parents"] = tuple(data["parents"])
+        if data["algorithm"] is not None:
+            data["algorithm"] = Algorithm.from_dict(data["algorithm"])
+        if data["evaluation"] is not None:
+            fields = {name: tuple(v) if isinstance(v, list) else v for name, v in data["evaluation"].items()}
+            data["evaluation"] = Evaluation(**fields)
+        return cls(**data)
+
+
+def mask_distance(one: str, other: str) -> float:
+    """Share of probe weights on which two packed masks (hexadecimal) differ, 0 to 1."""
+    if len(one) != len(other) or not one:
+        return math.nan
+    return (int(one, 16) ^ int(other, 16)).bit_count() / (4 * len(one))
+
+
+def paired_difference(child: Evaluation, parent: Evaluation) -> tuple[float, float]:
+    """Mean and standard error (nats per token) of child − parent over the windows that both measured."""
+    differences = [c - p for c, p in zip(child.window_nlls, parent.window_nlls, strict=True)]
+    mean, count = child.nll - parent.nll, len(differences)
+    if count < 2:
+        return mean, math.inf
+    centre = sum(differences) / count
+    return mean, math.sqrt(sum((d - centre) ** 2 for d in differences) / (count - 1) / count)
+
+
+class Lineage:
+    """A `networkx.DiGraph` whose nodes are candidates in proposal order and whose edges point from parent to child."""
+
+    def __init__(self) -> None:
+        self.graph = nx.DiGraph()
+
+    def add(self, candidate: Candidate) -> None:
+        self.graph.add_node(candidate.id, candidate=candidate)
+        for parent in candidate.parents:
+            self.graph.add_edge(parent, candidate.id, **self._edge(self[parent], candidate))
+
+    @staticmethod
+    def _edge(parent: Candidate, child: Candidate) -> dict:
+        """What the edge says: operator, hypothesis, verdict; effect in nats, its standard error, where errors moved."""
+        edge = {"operator": child.operator, "hypothesis": child.hypothesis, "verdict": child.status}
+        if child.mask and parent.mask:
+            edge["mask_distance"] = mask_distance(child.mask, parent.mask)
+        if child.status != "evaluated" or parent.status != "evaluated":
+            return edge
+        effect, error = paired_difference(child.evaluation, parent.evaluation)
+        edge |= {"effect": effect, "effect_error": error}
+        edge["verdict"] = "inconclusive" if abs(effect) <= error else "confirmed" if effect < 0 else "refuted"
+        pairs = zip(child.evaluation.block_errors, parent.evaluation.block_errors, strict=False)
+        moved = [c - p for c, p in pairs]
+        if moved:
+            edge["most_improved_block"] = min(range(len(moved)), key=moved.__getitem__)
+            edge["most_worsened_block"] = max(range(len(moved)), key=moved.__getitem__)
+        return edge
+
+    def __getitem__(self, name: str) -> Candidate:
+        return self.graph.nodes[name]["candidate"]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.graph
+
+    def __iter__(self) -> Iterator[Candidate]:
+        """Candidates in the order in which they were proposed."""
+        return (data["candidate"] for _, data in self.graph.nodes(data=True))
+
+    def __len__(self) -> int:
+        return self.graph.number_of_nodes()
+
+    def evaluated(self) -> list[Candidate]:
+        """Candidates that have a fitness, best first; ties in proposal order."""
+        return sorted((c for c in self if c.status == "evaluated"), key=lambda c: c.fitness)
+
+    def edge(self, parent: str, child: str) -> dict:
+        return self.graph.edges[parent, child]
+
+    def children(self, name: str) -> list[Candidate]:
+        return [self[child] for child in self.graph.successors(name)]
+
+    def ancestors_path(self, name: str) -> list[Candidate]:
+        """From the oldest ancestor down to the candidate, along first parents."""
+        path = [self[name]]
+        while path[0].parents:
+            path.insert(0, self[path[0].parents[0]])
+        return path
+
+    def to_dict(self) -> dict:
+        edges = [{"parent": p, "child": c, **data} for p, c, data in self.graph.edges(data=True)]
+        return {"candidates": [asdict(c) for c in self], "edges": edges}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Lineage:
+        """Edges are computed anew from the candidates, so they cannot disagree with them."""
+        lineage = cls()
+        for candidate in data["candidates"]:
+            lineage.add(Candidate.from_dict(candidate))
+        return lineage

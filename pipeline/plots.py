@@ -1,0 +1,229 @@
+"""The pictures of a search: its lineage, its progress, and where the best algorithm spends the budget."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+from autoprune.pipeline.lineage import Candidate, Lineage
+
+# One colour per operator, from the Okabe–Ito palette, which colour-blind readers can tell apart.
+COLOURS = {
+    "seed": "#000000",
+    "explore": "#0072B2",
+    "crossover": "#CC79A7",
+    "mutate": "#E69F00",
+    "tune": "#56B4E9",
+    "simplify": "#009E73",
+    "repair": "#D55E00",
+}
+OTHER = "#999999"
+QUIET = "#8a8a8a"
+COLUMN = 0.9  # inches for each generation
+LABEL = 0.75  # inches between the middles of two labels that do not touch
+PATH = "#222222"
+REFERENCES = ("wanda", "wanda+sdsa")  # rows of the summary's table drawn as lines: uniform, and our allocation
+OUTLIER = 1.4  # candidates above this multiple of the worst that matters are drawn at the upper edge
+HALO = [withStroke(linewidth=3, foreground="white")]
+
+
+def perplexity(nll: float) -> float:
+    """exp(nll), infinite where a float cannot hold it."""
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight", facecolor="white")
+    return buffer.getvalue()
+
+
+def _number(value: float, _position: int | None = None) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _perplexity_axis(axes: Axes, values: list[float], keep: list[float], split: str) -> float:
+    """A logarithmic axis with plain numbers; returns the height above which a candidate is drawn at the edge.
+
+    keep: perplexities that must be inside, whatever the others are.
+    """
+    finite = sorted(v for v in values if math.isfinite(v))
+    top = max([*keep, finite[(3 * len(finite)) // 4] if finite else 1.0]) * OUTLIER
+    top = min(top, max([*finite, *keep]))
+    low = min([*finite, *keep])
+    margin = max(top / low, 1.02) ** 0.07
+    axes.set_yscale("log")
+    axes.set_ylim(low / margin**2, top * margin)  # room for the label below the best
+    if top / low < 12:  # too narrow for powers of ten: every nice number in between
+        subs = [1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9] if top / low < 3 else [1, 1.5, 2, 3, 4, 5, 7]
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=30))
+    axes.yaxis.set_major_formatter(FuncFormatter(_number))
+    axes.minorticks_off()
+    axes.set_ylabel(f"perplexity on the {split} (log scale)")
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return top
+
+
+def _legend(axes: Axes) -> None:
+    """Right of the data, so that it covers none of it."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9, borderaxespad=0.0)
+
+
+def _columns(lineage: Lineage) -> dict[str, float]:
+    """x of each candidate: its generation, spread over 0.76 of the column in proposal order."""
+    generations: dict[int, list[str]] = {}
+    for candidate in lineage:
+        generations.setdefault(candidate.generation, []).append(candidate.id)
+    return {
+        name: generation + (0.76 * ((i + 0.5) / len(names) - 0.5))
+        for generation, names in generations.items()
+        for i, name in enumerate(names)
+    }
+
+
+def _scatter(axes: Axes, candidates: list[Candidate], x: Callable[[Candidate], float], top: float, size: float) -> None:
+    """Measured candidates, one series per operator; those above `top` as triangles at the edge."""
+    operators = [*COLOURS, *sorted({c.operator for c in candidates} - set(COLOURS))]
+    for operator in operators:
+        mine = [c for c in candidates if c.operator == operator]
+        inside = [c for c in mine if perplexity(c.fitness) <= top]
+        above = [c for c in mine if perplexity(c.fitness) > top]
+        style = {"color": COLOURS.get(operator, OTHER), "edgecolor": "white", "linewidth": 0.6, "zorder": 3}
+        label = operator if mine else None
+        axes.scatter([x(c) for c in inside], [perplexity(c.fitness) for c in inside], size, label=label, **style)
+        axes.scatter([x(c) for c in above], [top] * len(above), size, marker="^", **style)
+    if any(perplexity(c.fitness) > top for c in candidates):
+        axes.scatter([], [], size, marker="^", color=QUIET, label="above the axis")
+
+
+def lineage_png(lineage: Lineage, best: str, title: str) -> bytes:
+    """The graph: generation against perplexity, edges from parent to child, the best one's ancestry in bold."""
+    candidates = list(lineage)
+    measured = [c for c in candidates if c.status == "evaluated"]
+    path = [c for c in lineage.ancestors_path(best) if c.status == "evaluated"]
+    x = _columns(lineage)
+    generations = 1 + max(c.generation for c in candidates)
+
+    width = min(17.0, max(8.0, COLUMN * generations))
+    figure = Figure(figsize=(width + 1.5, 6.6))
+    axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[6.5, 1], gridspec_kw={"hspace": 0.06})
+    keep = [perplexity(c.fitness) for c in path]
+    top = _perplexity_axis(axes, [perplexity(c.fitness) for c in measured], keep, "fitness split")
+
+    def height(candidate: Candidate) -> float:
+        return min(perplexity(candidate.fitness), top)
+
+    for child in measured:
+        for parent in (lineage[name] for name in child.parents):
+            # At the edge no height is a true one, so no slope would be.
+            if max(perplexity(parent.fitness), perplexity(child.fitness)) <= top:
+                ends = [x[parent.id], x[child.id]], [height(parent), height(child)]
+                axes.plot(*ends, color=QUIET, linewidth=0.6, alpha=0.35, zorder=1)
+    axes.plot([x[c.id] for c in path], [height(c) for c in path], color=PATH, linewidth=2, zorder=2, label="best path")
+    _scatter(axes, measured, lambda c: x[c.id], top, 42 if len(measured) <= 60 else 26)
+    axes.scatter([x[path[-1].id]], [height(path[-1])], 190, facecolor="none", edgecolor=PATH, linewidth=1.8, zorder=4)
+    _label_path(axes, path, x, height, LABEL * generations / width)
+    axes.set_title(title, loc="left", fontsize=12)
+    _legend(axes)
+
+    rows = {"repeat": 2, "invalid": 1, "failed": 0}
+    for status, row in rows.items():
+        mine = [c for c in candidates if c.status == status]
+        colour = "#b2182b" if status == "failed" else QUIET
+        strip.scatter([x[c.id] for c in mine], [row] * len(mine), 12, color=colour, marker="x", linewidth=0.9)
+        strip.text(
+            1.01, row, f"{len(mine)}", transform=strip.get_yaxis_transform(), va="center", fontsize=8, color=QUIET
+        )
+    strip.set_yticks(list(rows.values()), list(rows), fontsize=8, color=QUIET)
+    strip.set_ylim(-0.7, 2.7)
+    strip.set_xlim(-0.7, generations - 0.5)
+    strip.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
+    strip.set_xlabel("generation (0: the seeds)")
+    for side in ("top", "right", "left"):
+        strip.spines[side].set_visible(False)
+    strip.tick_params(axis="y", length=0)
+    return _png(figure)
+
+
+def _label_path(
+    axes: Axes, path: list[Candidate], x: dict[str, float], height: Callable[[Candidate], float], apart: float
+) -> None:
+    """Names along the best path, from the best backwards: below it, where little lies, or else above, or not at all.
+
+    apart: least distance in x between two labels on the same side.
+    """
+    nearest = {"below": math.inf, "above": math.inf}  # x of the last label on either side
+    for candidate in reversed(path):
+        middle = x[candidate.id]
+        side = next((side for side, other in nearest.items() if other - middle >= apart), None)
+        if side is None:
+            continue
+        nearest[side] = middle
+        axes.annotate(
+            f"{candidate.id}\n{_number(perplexity(candidate.fitness))}",
+            (middle, height(candidate)),
+            xytext=(0, -11 if side == "below" else 11),
+            textcoords="offset points",
+            ha="center",
+            va="top" if side == "below" else "bottom",
+            fontsize=8,
+            fontweight="bold" if candidate is path[-1] else "normal",
+            path_effects=HALO,
+            zorder=5,
+        )
+
+
+def progress_png(lineage: Lineage, references: dict[str, float], title: str) -> bytes:
+    """Perplexity against the number of evaluations: each candidate, the best so far, and the baselines as lines.
+
+    references: method → perplexity on the fitness split.
+    """
+    measured = [c for c in lineage if c.status == "evaluated"]
+    values = [perplexity(c.fitness) for c in measured]
+    number = {c.id: i for i, c in enumerate(measured, start=1)}
+    best = [min(values[:i]) for i in range(1, len(values) + 1)]
+
+    figure = Figure(figsize=(9.5, 5.2))
+    axes = figure.subplots()
+    top = _perplexity_axis(axes, values, [best[-1], *references.values()], "fitness split")
+    for (name, value), style in zip(references.items(), ("--", ":"), strict=False):
+        axes.axhline(value, color=QUIET, linestyle=style, linewidth=1.4, label=f"{name} ({_number(value)})", zorder=1)
+    within = [min(b, top) for b in best]
+    label = f"best so far ({_number(best[-1])})"
+    axes.step(list(number.values()), within, where="post", color=PATH, linewidth=2, zorder=2, label=label)
+    _scatter(axes, measured, lambda c: number[c.id], top, 30)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("evaluations on the target model")
+    axes.set_title(title, loc="left", fontsize=12)
+    _legend(axes)
+    return _png(figure)
+
+
+def sparsity_png(best: Candidate, others: list[Candidate], target: float, title: str) -> bytes:
+    """Sparsity of each decoder block: the best algorithm, seeds with another allocation, and uniform."""
+    figure = Figure(figsize=(9.5, 4.4))
+    axes = figure.subplots()
+    axes.axhline(100 * target, color=QUIET, linestyle="--", linewidth=1.4, label=f"uniform ({100 * target:g}%)")
+    for candidate, colour in zip([*others, best], [*list(COLOURS.values())[1 : len(others) + 1], PATH], strict=True):
+        shares = [100 * s for s in candidate.evaluation.block_sparsities]
+        style = {"linewidth": 2.4, "marker": "o", "markersize": 4} if candidate is best else {"linewidth": 1.3}
+        allocation = str(candidate.algorithm.allocation)
+        axes.plot(shares, color=colour, label=f"{candidate.id}\n  {allocation}", **style)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("decoder block (0: nearest to the input)")
+    axes.set_ylabel("sparsity, % of prunable weights")
+    axes.set_title(title, loc="left", fontsize=12)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    _legend(axes)
+    return _png(figure)

@@ -1,0 +1,281 @@
+"""The search: seeds → generations → elites. Plain Python over a generator, an evaluator and a tracker.
+
+Results are committed in the order in which candidates were proposed, and every answer and measurement is in the
+journal before it is used: a search is a function of its configuration and of the recorded answers, and a resumed
+search asks and measures nothing twice.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from autoprune.actors.messages import Answer, Evaluation, Probe, Request
+from autoprune.algorithms.algorithm import Algorithm
+from autoprune.algorithms.grammar import answer_grammar
+from autoprune.algorithms.language import LanguageError, parse_answer
+from autoprune.models.errors import InputError
+from autoprune.pipeline.checkpoint import Journal, load_checkpoint, save_checkpoint, write_atomic
+from autoprune.pipeline.config import Config
+from autoprune.pipeline.gcot import build_prompt
+from autoprune.pipeline.lineage import Candidate, Lineage
+from autoprune.pipeline.population import choose_operator, choose_parents, seed
+
+
+class Generator(Protocol):
+    """Who writes: per request, its answers."""
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]: ...
+
+
+class Evaluator(Protocol):
+    """Who measures. `dense`: the unpruned model on each split; `evaluate` yields (index of the job, measurement)."""
+
+    dense: dict[str, Evaluation]
+
+    def probe(self, algorithms: Sequence[Algorithm]) -> list[Probe]: ...
+
+    def evaluate(self, jobs: Sequence[Algorithm], split: str = "fitness") -> Iterator[tuple[int, Evaluation]]: ...
+
+
+class Tracker(Protocol):
+    """Who shows: told of every candidate in proposal order, and of every generation."""
+
+    def candidate(self, candidate: Candidate, edges: list[dict]) -> None: ...
+
+    def generation(self, index: int, metrics: dict[str, float]) -> None: ...
+
+
+class Progress(Protocol):
+    """Who watches: `say` a line; `step` of what is being counted now."""
+
+    def say(self, text: str) -> None: ...
+
+    def step(self, what: str, done: int, total: int) -> None: ...
+
+
+@dataclass
+class Spent:
+    """What the search has used, over all its sittings. Seconds are the driver's."""
+
+    answers: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    evaluations: int = 0
+    generating: float = 0.0
+    evaluating: float = 0.0
+    total: float = 0.0
+
+
+@dataclass
+class Search:
+    """One search in one folder. `run` does what is left of it."""
+
+    config: Config
+    folder: Path
+    generator: Generator
+    evaluator: Evaluator
+    tracker: Tracker
+    progress: Progress
+    lineage: Lineage = field(default_factory=Lineage)
+    spent: Spent = field(default_factory=Spent)
+
+    def __post_init__(self) -> None:
+        self._journal = Journal(self.folder / "journal.jsonl")
+        records = self._journal.records
+        self._answers = {(r["generation"], r["round"]): r for r in records if r["kind"] == "answers"}
+        self._measured = {(r["key"], r["split"]): r for r in records if r["kind"] == "evaluation"}
+        self._done = -1
+        self._began = time.monotonic()
+
+    def run(self) -> None:
+        """Seeds, then generations; a checkpoint after each."""
+        self._restore()
+        if self._done < 0:
+            self._commit(0, [seed(text) for text in self.config.search.seeds])
+            if not self.lineage.evaluated():
+                errors = "; ".join(f"{c.id}: {c.error}" for c in self.lineage)
+                raise InputError(f"none of the seeds could be measured ({errors})")
+        for generation in range(max(1, self._done + 1), self.config.search.generations + 1):
+            self._commit(generation, self._propose(generation))
+
+    def measure(self, algorithms: Sequence[Algorithm], split: str) -> list[Evaluation]:
+        """Measurements in the order of the jobs; what the journal holds is not measured again."""
+        missing = {a.key: a for a in algorithms if (a.key, split) not in self._measured}
+        began = time.monotonic()
+        jobs = list(missing.values())
+        for done, (index, evaluation) in enumerate(self.evaluator.evaluate(jobs, split), start=1):
+            now = time.monotonic()
+            record = {
+                "kind": "evaluation",
+                "key": jobs[index].key,
+                "split": split,
+                "evaluation": asdict(evaluation),
+                "seconds": now - began,
+            }
+            began = now
+            self._journal.append(record)
+            self._measured[jobs[index].key, split] = record
+            self.progress.step(f"evaluating ({split})", done, len(jobs))
+        results = []
+        for algorithm in algorithms:
+            fields = self._measured[algorithm.key, split]["evaluation"]
+            results.append(Evaluation(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
+        return results
+
+    def _propose(self, generation: int) -> list[Candidate]:
+        """Ask until there are enough algorithms that nobody wrote before, or the rounds are used up."""
+        plan, candidates, fresh = self.config.search, [], 0
+        for round_ in range(plan.rounds):
+            slots = [self._slot(generation, round_, index) for index in range(plan.prompts)]
+            answers = self._ask(generation, round_, slots)
+            written = []
+            for (operator, parents, messages), texts in zip(slots, answers, strict=True):
+                for answer in texts:
+                    index = len(candidates) + len(written)
+                    name = f"g{generation:02d}-c{index:02d}"
+                    written.append(self._read(name, generation, operator, parents, messages, answer))
+            self._probe(written, candidates)
+            candidates += written
+            fresh = sum(c.status == "proposed" for c in candidates)
+            if fresh >= plan.candidates:
+                break
+        self.progress.say(f"generation {generation}: {len(candidates)} answers, {fresh} new algorithms")
+        return candidates
+
+    def _slot(self, generation: int, round_: int, index: int) -> tuple[str, tuple[str, ...], tuple]:
+        rng = random.Random(f"{self.config.seed}/{generation}/{round_}/{index}")
+        operator = choose_operator(rng, self.config.search.operators)
+        parents = choose_parents(rng, operator, self.lineage, self.config.search.elites)
+        dense = self.evaluator.dense["fitness"].nll
+        messages = build_prompt(self.lineage, operator, parents, dense, self.config.target.sparsity)
+        return operator, parents, messages
+
+    def _ask(self, generation: int, round_: int, slots: list) -> list[list[Answer]]:
+        """Answers per slot, from the journal where it has them."""
+        record = self._answers.get((generation, round_))
+        if record is None:
+            plan, writer = self.config.search, self.config.generator
+            share, extra = divmod(plan.answers, plan.prompts)
+            counts = [share + (index < extra) for index in range(plan.prompts)]
+            requests = [
+                Request(
+                    messages,
+                    n=count,
+                    temperature=writer.temperature + writer.heat * round_,
+                    max_tokens=writer.max_tokens,
+                    grammar=answer_grammar(),
+                    offset=self.spent.answers + sum(counts[:index]),
+                )
+                for index, ((_, _, messages), count) in enumerate(zip(slots, counts, strict=True))
+            ]
+            began = time.monotonic()
+            answers = self.generator.generate(requests)
+            record = {
+                "kind": "answers",
+                "generation": generation,
+                "round": round_,
+                "answers": [[asdict(answer) for answer in texts] for texts in answers],
+                "seconds": time.monotonic() - began,
+            }
+            self._journal.append(record)
+        answers = [[Answer(**answer) for answer in texts] for texts in record["answers"]]
+        self.spent.generating += record["seconds"]
+        for texts in answers:
+            self.spent.answers += len(texts)
+            self.spent.prompt_tokens += texts[0].prompt_tokens if texts else 0
+            self.spent.completion_tokens += sum(answer.completion_tokens for answer in texts)
+        return answers
+
+    def _read(
+        self, name: str, generation: int, operator: str, parents: tuple[str, ...], messages: tuple, answer: Answer
+    ) -> Candidate:
+        """An answer as a candidate; one that cannot be read is invalid, with the reason."""
+        prompt = "\n\n".join(f"[{role}]\n{text}" for role, text in messages)
+        candidate = Candidate(name, generation, operator, parents, prompt=prompt, answer=answer.text)
+        try:
+            parent = self.lineage[parents[0]].algorithm
+            proposal = parse_answer(answer.text, parent.group, parent.allocation)
+        except LanguageError as error:
+            candidate.status, candidate.error = "invalid", str(error)
+            return candidate
+        candidate.algorithm = proposal.algorithm
+        candidate.diagnosis, candidate.hypothesis = proposal.diagnosis, proposal.hypothesis
+        return candidate
+
+    def _probe(self, written: list[Candidate], earlier: list[Candidate]) -> None:
+        """Settle which candidates are invalid and which repeat another's masks, before anything is measured."""
+        readable = [c for c in written if c.status == "proposed"]
+        probes = self.evaluator.probe([c.algorithm for c in readable])
+        known = {
+            c.mask_hash: c.id
+            for c in reversed([*self.lineage, *earlier])
+            if c.status in ("evaluated", "proposed", "failed")
+        }
+        for candidate, probe in zip(readable, probes, strict=True):
+            if probe.error is not None:
+                candidate.status, candidate.error = "invalid", probe.error
+                continue
+            candidate.mask, candidate.mask_hash = probe.mask, probe.mask_hash
+            if probe.mask_hash in known:
+                candidate.status, candidate.repeats = "repeat", known[probe.mask_hash]
+            else:
+                known[probe.mask_hash] = candidate.id
+
+    def _commit(self, generation: int, candidates: list[Candidate]) -> None:
+        """Measure what is new, add everything to the graph in proposal order, tell the tracker, save."""
+        if generation == 0:
+            self._probe(candidates, [])
+        chosen = [c for c in candidates if c.status == "proposed"]
+        if generation > 0:
+            chosen = chosen[: self.config.search.candidates]
+        evaluations = self.measure([c.algorithm for c in chosen], "fitness")
+        for candidate, evaluation in zip(chosen, evaluations, strict=True):
+            candidate.status = "evaluated" if evaluation.error is None else "failed"
+            candidate.evaluation = evaluation if evaluation.error is None else None
+            candidate.error = evaluation.error
+            self.spent.evaluations += 1
+            self.spent.evaluating += self._measured[candidate.algorithm.key, "fitness"]["seconds"]
+        for candidate in candidates:
+            self.lineage.add(candidate)
+            edges = [{"parent": parent, **self.lineage.edge(parent, candidate.id)} for parent in candidate.parents]
+            self.tracker.candidate(candidate, edges)
+        self.tracker.generation(generation, self._metrics(candidates))
+        self._save(generation)
+
+    def _metrics(self, candidates: list[Candidate]) -> dict[str, float]:
+        best = self.lineage.evaluated()
+        counts = {status: sum(c.status == status for c in candidates) for status in ("invalid", "repeat", "evaluated")}
+        metrics = {"best_fitness_nll": best[0].fitness} if best else {}
+        return metrics | {name: float(value) for name, value in counts.items()}
+
+    def spend(self) -> Spent:
+        """What was spent until now."""
+        now = time.monotonic()
+        self.spent.total, self._began = self.spent.total + now - self._began, now
+        return self.spent
+
+    def _save(self, generation: int) -> None:
+        self._done = generation
+        self.spend()
+        lineage = json.dumps(self.lineage.to_dict(), indent=1).encode()
+        spent = json.dumps(asdict(self.spent)).encode()
+        save_checkpoint(self.folder / "checkpoint", generation, {"lineage.json": lineage, "spent.json": spent})
+        write_atomic(self.folder / "lineage.json", lineage)
+
+    def _restore(self) -> None:
+        """Take up the newest valid checkpoint; the journal then answers for what came after it."""
+        loaded = load_checkpoint(self.folder / "checkpoint")
+        if loaded is None:
+            return
+        for line in loaded.damaged:
+            self.progress.say(f"passed over a damaged checkpoint: {line}")
+        self.lineage = Lineage.from_dict(json.loads(loaded.files["lineage.json"]))
+        self.spent = Spent(**json.loads(loaded.files["spent.json"]))
+        self._done = loaded.generation
+        self.progress.say(f"resumed after generation {loaded.generation} with {len(self.lineage)} candidates")

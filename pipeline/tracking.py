@@ -1,0 +1,312 @@
+"""One MLflow writer beside the search: a parent run for the search, a child run for each measured candidate.
+
+It uses `MlflowClient` with explicit run ids: no active run, nothing global. The search never waits for it for long
+and never fails by it: a call that fails is kept and tried again at the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shlex
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from autoprune.models.errors import InputError
+from autoprune.pipeline.checkpoint import write_atomic
+from autoprune.pipeline.lineage import Candidate
+from autoprune.pipeline.plots import perplexity
+from autoprune.pipeline.report import algorithm_text
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Metric
+
+logger = logging.getLogger(__name__)
+
+SQLITE = "sqlite:///"
+PARENT_TAG = "mlflow.parentRunId"  # what makes the UI show a run under another
+MEASURED = ("evaluated", "failed")
+VALUE_LENGTH = 500  # of a parameter or a tag: the limit of older servers
+PARAMS_PER_BATCH = 100  # the server's limit
+REQUEST_TIMEOUT = 10  # seconds; MLflow's own is 120, with 7 retries: minutes in which the search would stand still
+FAILURES_PER_CALL = 2  # then give up until the next call, so that a dead store costs two time-outs at most
+
+
+def _quiet_mlflow() -> None:
+    """Before MLflow is imported: no usage reports, no chatter, and no long retries inside a call."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_TIMEOUT))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    import mlflow  # noqa: F401  sets up its loggers, which are then made quiet
+
+    # Not even errors: they reach us as exceptions, and would fill the terminal with tracebacks.
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def flatten(config: dict, prefix: str = "") -> dict[str, str]:
+    """Nested config as MLflow parameters: `{"a": {"b": 1}}` gives `{"a.b": "1"}`; long values are cut."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = _cut(value if isinstance(value, str) else json.dumps(value, default=str))
+    return flat
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= VALUE_LENGTH else text[: VALUE_LENGTH - 1] + "…"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("[SQL:")[0].split())[:200] or type(error).__name__
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class MlflowTracker:
+    """Writes one search to MLflow.
+
+    uri: `sqlite:////absolute/path/mlflow.db` (artifacts go to `mlartifacts/` beside it) or a server's http(s) address.
+    folder: the run folder; `mlflow.json` there remembers the parent run, so that a resumed search goes on with it.
+    Raises InputError when the store cannot be opened. After `start`, nothing here raises.
+    """
+
+    def __init__(self, uri: str, experiment: str, run_name: str, folder: Path) -> None:
+        self.uri, self.experiment, self.run_name, self.folder = uri, experiment, run_name, folder
+        if not uri.startswith((SQLITE + "/", "http://", "https://")):
+            raise InputError(
+                f"MLflow store {uri!r} cannot be used: expected sqlite:////absolute/path/mlflow.db or http(s)://server"
+            )
+        self._statuses: dict[str, str] = {}  # of every candidate seen, for the counts
+        self._pending: deque[Callable[[], None]] = deque()
+        self._warned = False
+        _quiet_mlflow()
+        from mlflow import MlflowClient
+
+        self._client: MlflowClient = self._or_input_error(lambda: MlflowClient(uri))
+
+    def _or_input_error(self, action: Callable):
+        try:
+            if self.uri.startswith(SQLITE):
+                Path(self.uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+            return action()
+        except InputError:
+            raise
+        except Exception as error:  # SQLAlchemy, requests and MLflow each have their own
+            raise InputError(
+                f"MLflow at {self.uri} cannot be used: {_one_line(error)}; start the server, correct the address, "
+                f"or keep the default (a database in the run folder)"
+            ) from error
+
+    @property
+    def ui_command(self) -> str:
+        """The shell command that shows this store in a browser (`--port` chooses another port than 5000).
+
+        The UI reads a database's artifacts straight from their folder and answers to localhost only; to look at it from
+        another machine, forward the port, or add `--host 0.0.0.0 --allowed-hosts NAME`.
+        """
+        if self.uri.startswith(SQLITE):
+            command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", self.uri, "--workers", "1"]
+        else:
+            command = [sys.executable, "-m", "webbrowser", self.uri]
+        return shlex.join(command)
+
+    # Opening
+
+    def start(self, config: dict) -> None:
+        """Open the parent run, or the one that `mlflow.json` remembers, with the flattened config as parameters.
+
+        Raises InputError when the store is not there: at the start a person is present who can put it right.
+        """
+        self._or_input_error(lambda: self._start(config))
+
+    def _start(self, config: dict) -> None:
+        from mlflow.entities import Param
+
+        self._experiment_id = self._find_experiment()
+        run = self._remembered_run()
+        if run is None:
+            run = self._client.create_run(self._experiment_id, run_name=self.run_name, tags=self._source_tags())
+            self._write_memory(run.info.run_id)
+        else:
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        self._run_id = run.info.run_id
+        # A parameter cannot be changed, so a resumed run keeps those that it has.
+        params = [Param(k, v) for k, v in flatten(config).items() if k not in run.data.params]
+        for first in range(0, len(params), PARAMS_PER_BATCH):
+            self._client.log_batch(self._run_id, params=params[first : first + PARAMS_PER_BATCH])
+
+    def _find_experiment(self) -> str:
+        found: Experiment | None = self._client.get_experiment_by_name(self.experiment)
+        if found is None:
+            location = None  # a server chooses its own
+            if self.uri.startswith(SQLITE):
+                location = (Path(self.uri.removeprefix(SQLITE)).parent / "mlartifacts").as_uri()
+            return self._client.create_experiment(self.experiment, artifact_location=location)
+        if found.lifecycle_stage != "active":
+            raise InputError(f"MLflow experiment {self.experiment!r} was deleted; restore it or choose another name")
+        return found.experiment_id
+
+    def _remembered_run(self):
+        from mlflow.exceptions import MlflowException
+
+        try:
+            memory = json.loads((self.folder / "mlflow.json").read_text())
+            if memory["uri"] == self.uri and memory["experiment_id"] == self._experiment_id:
+                run = self._client.get_run(memory["run_id"])
+                return run if run.info.lifecycle_stage == "active" else None
+        except FileNotFoundError:
+            pass
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        return None
+
+    def _write_memory(self, run_id: str) -> None:
+        memory = {"uri": self.uri, "experiment_id": self._experiment_id, "run_id": run_id}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.folder / "mlflow.json", json.dumps(memory, indent=1).encode())
+
+    @staticmethod
+    def _source_tags() -> dict[str, str]:
+        from mlflow.tracking.context.registry import resolve_tags
+
+        return resolve_tags()  # user, program, git commit
+
+    # Writing
+
+    def candidate(self, candidate: Candidate, edges: list[dict]) -> None:
+        """A child run for a candidate that was measured, or failed while it was; the others are only counted.
+
+        edges: `Lineage.edge(parent, candidate.id)` for each of its parents, in their order. Called again for the same
+        candidate, it finds the child run that exists.
+        """
+        self._statuses[candidate.id] = candidate.status
+        if candidate.status in MEASURED:
+            self._do(partial(self._candidate, candidate, edges, _now()))
+
+    def generation(self, index: int, metrics: dict[str, float]) -> None:
+        """Metrics of one generation, on the parent run with step = index."""
+        self._do(partial(self._log, self._run_id, metrics, _now(), step=index))
+
+    def finish(
+        self, status: Literal["FINISHED", "FAILED", "KILLED"], metrics: dict[str, float], artifacts: list[Path]
+    ) -> None:
+        """Final metrics, the number of candidates of each status and artifacts on the parent run, then close it."""
+        counts = {f"candidates_{name}": float(count) for name, count in Counter(self._statuses.values()).items()}
+        self._do(partial(self._finish, status, metrics | counts, artifacts, _now()))
+        if self._pending:
+            logger.warning("MLflow at %s misses %d records; the run folder has them all", self.uri, len(self._pending))
+
+    def _do(self, call: Callable[[], None]) -> None:
+        """Make this call, then those that failed before; one that fails now goes to the end and blocks no other.
+
+        Their order does not matter: each carries its own run, step and time.
+        """
+        self._pending.appendleft(call)
+        failures = 0
+        for _ in range(len(self._pending)):
+            pending = self._pending.popleft()
+            try:
+                pending()
+            except Exception as error:  # whatever it is, the search goes on
+                self._pending.append(pending)
+                failures += 1
+                if not self._warned:
+                    logger.warning("MLflow at %s: %s; kept, to be tried again", self.uri, _one_line(error))
+                    self._warned = True
+                if failures == FAILURES_PER_CALL:
+                    return
+
+    def _log(self, run_id: str, metrics: dict[str, float], timestamp: int, step: int = 0) -> None:
+        from mlflow.entities import Metric
+
+        # Not every store can hold a NaN or an infinity.
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        batch: list[Metric] = [Metric(name, value, timestamp, step) for name, value in finite.items()]
+        self._client.log_batch(run_id, metrics=batch)
+
+    def _finish(self, status: str, metrics: dict[str, float], artifacts: list[Path], timestamp: int) -> None:
+        self._log(self._run_id, metrics, timestamp)
+        for path in artifacts:
+            self._client.log_artifact(self._run_id, str(path))
+        self._client.set_terminated(self._run_id, status, timestamp)
+
+    def _candidate(self, candidate: Candidate, edges: list[dict], end: int) -> None:
+        # Asking the store, not a memory of our own, also finds a child whose creation was cut off by a kill.
+        mine = f"tags.`{PARENT_TAG}` = '{self._run_id}' and tags.`autoprune.candidate` = '{candidate.id}'"
+        found = self._client.search_runs([self._experiment_id], mine, max_results=1)
+        if found and found[0].info.status in ("FINISHED", "FAILED"):
+            return
+        if found:
+            run = found[0]
+        else:
+            seconds = candidate.evaluation.seconds if candidate.evaluation else 0.0
+            tags = self._source_tags() | self._tags(candidate, edges)
+            start = end - int(seconds * 1000)
+            run = self._client.create_run(self._experiment_id, start_time=start, run_name=candidate.id, tags=tags)
+        run_id = run.info.run_id
+        for name, text in self._artifacts(candidate, edges).items():
+            self._client.log_text(run_id, text, name)
+        self._log(run_id, self._metrics(candidate, edges), end)
+        self._client.set_terminated(run_id, "FINISHED" if candidate.status == "evaluated" else "FAILED", end)
+
+    def _tags(self, candidate: Candidate, edges: list[dict]) -> dict[str, str]:
+        tags = {
+            "candidate": candidate.id,
+            "parents": ",".join(candidate.parents),
+            "generation": str(candidate.generation),
+            "operator": candidate.operator,
+            "status": candidate.status,
+            "verdict": edges[0]["verdict"] if edges else "",
+            "mask_hash": candidate.mask_hash,
+            "error": candidate.error or "",
+        }
+        if candidate.algorithm is not None:
+            tags["code_hash"] = candidate.algorithm.key
+            tags["group"] = candidate.algorithm.group
+            tags["allocation"] = str(candidate.algorithm.allocation)
+        # An empty tag says nothing in the UI: a seed has no parents and no verdict.
+        written = {f"autoprune.{name}": _cut(value) for name, value in tags.items() if value}
+        return {PARENT_TAG: self._run_id, **written}
+
+    @staticmethod
+    def _metrics(candidate: Candidate, edges: list[dict]) -> dict[str, float]:
+        evaluation = candidate.evaluation
+        if evaluation is None or candidate.status != "evaluated":
+            return {}
+        metrics = {
+            "fitness_nll": evaluation.nll,
+            "fitness_perplexity": perplexity(evaluation.nll),
+            "sparsity": evaluation.sparsity,
+            "evaluation_seconds": evaluation.seconds,
+        }
+        if edges and "effect" in edges[0]:
+            metrics["delta_nll"] = edges[0]["effect"]
+        return metrics
+
+    @staticmethod
+    def _artifacts(candidate: Candidate, edges: list[dict]) -> dict[str, str]:
+        verdict = edges[0]["verdict"] if edges else "none: it has no parent"
+        thought = {"Diagnosis": candidate.diagnosis, "Hypothesis": candidate.hypothesis, "Verdict": verdict}
+        files = {
+            "thought.md": "\n".join(f"## {name}\n\n{text or '(none)'}\n" for name, text in thought.items()),
+            "prompt.txt": candidate.prompt,
+            "answer.txt": candidate.answer,
+        }
+        if candidate.algorithm is not None:
+            files["algorithm.py"] = algorithm_text(candidate.algorithm)
+        return {name: text for name, text in files.items() if text}

@@ -1,0 +1,124 @@
+"""A shard against independent oracles: transformers' own forward pass, with masks applied by plain loops."""
+
+import math
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from autoprune.algorithms.algorithm import Algorithm
+from autoprune.models.blocks import prunable
+from autoprune.models.shard import ModelShard
+
+WANDA = Algorithm("def score(W, x_norm):\n    return W.abs() * x_norm\n", "row")
+
+
+def tokens(windows: int, length: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 256, (windows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def mean_nlls(model, ids: torch.Tensor) -> list[float]:
+    with torch.inference_mode():
+        logits = model(ids).logits.float()
+    log_probabilities = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    return (-log_probabilities.mean(1)).tolist()
+
+
+def wanda_by_hand(model, calibration: torch.Tensor, sparsity: float) -> None:
+    """Prune a transformers model in place: row by row, floor(sparsity × in) lowest |w|·‖x‖, from dense statistics."""
+    squares, counts = {}, {}
+
+    def note(name):
+        def hook(_, inputs):
+            rows = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
+            squares[name] = squares.get(name, 0) + (rows**2).sum(0)
+            counts[name] = counts.get(name, 0) + len(rows)
+
+        return hook
+
+    layers = prunable(model.model.layers)
+    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    with torch.inference_mode():
+        model(calibration)
+    for hook in hooks:
+        hook.remove()
+    for name, layer in layers.items():
+        norm = (squares[name] / counts[name]).sqrt()
+        for row in layer.weight.data:
+            scores = [abs(w) * x for w, x in zip(row.tolist(), norm.float().tolist(), strict=True)]
+            scores = torch.tensor(scores, dtype=torch.float64).float().tolist()
+            order = sorted(range(len(scores)), key=scores.__getitem__)
+            for column in order[: math.floor(sparsity * len(order))]:
+                row[column] = 0.0
+
+
+@pytest.mark.parametrize(("family", "tie"), [("llama", True), ("llama", False), ("qwen2", False)])
+def test_dense_and_pruned_passes_equal_transformers(tmp_path, family, tie):
+    folder = save_tiny_model(tmp_path / "model", family, tie)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    calibration, text = tokens(3, 40, 1), tokens(5, 32, 2)
+    shard = ModelShard(folder, 0, 4, "float32", "cpu")
+    shard.calibrate(calibration)
+    _, dense = shard.forward("fitness", text, text)
+    assert dense.window_nlls == pytest.approx(mean_nlls(model, text), rel=1e-5)
+
+    _, pruned = shard.forward("fitness", text, text, WANDA, [0.5] * 4)
+    wanda_by_hand(model, calibration, 0.5)
+    assert pruned.window_nlls == pytest.approx(mean_nlls(model, text), rel=1e-5)
+    assert pruned.window_nlls != pytest.approx(dense.window_nlls, rel=1e-3)
+    assert pruned.pruned == [n // 2 for n in pruned.numels]
+    assert all(error > 0 for error in pruned.errors)
+
+    _, again = shard.forward("fitness", text, text)
+    assert again.window_nlls == dense.window_nlls, "pruning left a trace in the dense weights"
+
+
+def run_split(folder, bounds, calibration, text, algorithm, sparsities):
+    shards = [ModelShard(folder, start, stop, "float32", "cpu") for start, stop in bounds]
+    states = calibration
+    for shard in shards:
+        states = shard.calibrate(states)
+    for chosen in (None, algorithm):
+        states = text
+        for shard, (start, stop) in zip(shards, bounds, strict=True):
+            own = sparsities[start:stop] if chosen else None
+            states, report = shard.forward("fitness", states, text, chosen, own)
+    return report.window_nlls
+
+
+@pytest.mark.parametrize("bounds", [[(0, 1), (1, 4)], [(0, 2), (2, 3), (3, 4)]])
+def test_sharded_equals_unsharded(tiny_model, bounds):
+    calibration, text, sparsities = tokens(3, 40, 1), tokens(5, 32, 2), [0.3, 0.5, 0.6, 0.4]
+    whole = run_split(tiny_model, [(0, 4)], calibration, text, WANDA, sparsities)
+    parts = run_split(tiny_model, bounds, calibration, text, WANDA, sparsities)
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_shard_loads_its_own_blocks_only(tiny_model):
+    def numel(start, stop):
+        parameters = ModelShard(tiny_model, start, stop, "float32", "cpu").model.parameters()
+        return sum(numel for _, numel in {(p.data_ptr(), p.numel()) for p in parameters})
+
+    block = numel(1, 2)
+    assert numel(1, 3) == 2 * block
+    assert numel(0, 4) == 4 * block + 256 * 32 + 32  # the tied embedding once, and the last norm
+
+
+def test_an_algorithm_that_raises_leaves_the_weights_intact(tiny_model):
+    shard = ModelShard(tiny_model, 0, 4, "float32", "cpu")
+    shard.calibrate(tokens(2, 16, 1))
+    before, text = shard.checksum(), tokens(2, 16, 2)
+    bad = Algorithm("def score(W, x_norm):\n    return W.abs() / (x_norm - x_norm)\n")
+    with pytest.raises(ValueError, match="not finite"):
+        shard.forward("fitness", text, text, bad, [0.5] * 4)
+    assert shard.checksum() == before
+
+
+def test_a_write_to_the_dense_weights_is_noticed(tiny_model):
+    shard = ModelShard(tiny_model, 0, 4, "float32", "cpu")
+    shard.calibrate(tokens(2, 16, 1))
+    text = tokens(2, 16, 2)
+    shard.layers[2]["mlp.up_proj"].weight.data[0, 0] += 1.0
+    with pytest.raises(RuntimeError, match="dense weights changed"):
+        shard.forward("fitness", text, text, WANDA, [0.5] * 4)

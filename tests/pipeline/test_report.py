@@ -1,0 +1,232 @@
+"""The report of made-up searches, built with the real lineage classes: what it must say, and its pictures."""
+
+import json
+import math
+import random
+import re
+
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from autoprune.actors.messages import Evaluation
+from autoprune.algorithms.algorithm import Algorithm, Allocation
+from autoprune.models.errors import InputError
+from autoprune.pipeline.lineage import Candidate, Lineage
+from autoprune.pipeline.plots import perplexity
+from autoprune.pipeline.report import print_report, table, write_report
+
+SDSA = Allocation("sdsa", {"tau": 0.5, "mix": 0.3})
+OPERATORS = ("explore", "crossover", "mutate", "tune", "simplify", "repair")
+
+
+def evaluation(nll, rng, blocks=30):
+    windows = tuple(nll + rng.gauss(0, 0.05) for _ in range(16))
+    sparsities = tuple(0.6 + 0.08 * math.sin(b / 5 + nll) for b in range(blocks))
+    errors = tuple(0.1 + 0.01 * b + rng.gauss(0, 0.01) for b in range(blocks))
+    return Evaluation(sum(windows) / 16, 16 * 511, windows, sparsities, errors, 0.6, 12.5)
+
+
+def made_up_lineage(generations, width, seed=0):
+    """Seeds, then `width` answers in each generation, a third of them unusable; fitness drifts down, with outliers."""
+    rng, lineage = random.Random(seed), Lineage()
+    seeds = {"magnitude": (7.1, Allocation()), "wanda": (5.42, Allocation()), "wanda+sdsa": (5.09, SDSA)}
+    for index, (name, (nll, allocation)) in enumerate(seeds.items()):
+        score = f"def score(W, x_norm):\n    return W.abs() * x_norm + {index}"
+        mask = f"{rng.getrandbits(64):016x}"
+        algorithm = Algorithm(score, "row", allocation)
+        given = {"algorithm": algorithm, "mask": mask, "mask_hash": mask, "status": "evaluated"}
+        lineage.add(Candidate(f"seed-{name}", 0, "seed", evaluation=evaluation(nll, rng), **given))
+    for generation in range(1, generations + 1):
+        elite = lineage.evaluated()[:4]
+        for index in range(width):
+            operator, mask = OPERATORS[rng.randrange(6)], f"{rng.getrandbits(64):016x}"
+            parents = tuple(c.id for c in rng.sample(elite, 2 if operator == "crossover" else 1))
+            status = rng.choices(("evaluated", "invalid", "repeat", "failed"), (13, 3, 4, 1))[0]
+            nll = lineage[parents[0]].fitness + (rng.gauss(0.03, 0.08) if rng.random() > 0.12 else rng.uniform(1, 6))
+            lineage.add(
+                Candidate(
+                    f"g{generation}-c{index}",
+                    generation,
+                    operator,
+                    parents,
+                    Algorithm(f"def score(W, x_norm):\n    return W.abs() * x_norm ** {nll:.4f}", "row", SDSA),
+                    diagnosis="Block 0 carries outliers.\nThe score ignores *them*.",
+                    hypothesis="A <b>softer</b> norm keeps [them](x).",
+                    status=status,
+                    mask=mask,
+                    mask_hash=mask,
+                    evaluation=evaluation(nll, rng) if status == "evaluated" else None,
+                )
+            )
+    return lineage
+
+
+def made_up_summary(lineage):
+    best = lineage.evaluated()[0]
+    rows = [("wanda", 0.6, "seed-wanda"), ("wanda+sdsa", 0.6, "seed-wanda+sdsa"), ("best found", 0.6, best.id)]
+    pruned = [
+        {
+            "method": method,
+            "sparsity": sparsity,
+            "fitness_nll": lineage[name].fitness,
+            "report_nll": 5.5,
+            "candidate": name,
+        }
+        for method, sparsity, name in rows
+    ]
+    dense = {"method": "dense", "sparsity": 0.0, "fitness_nll": 3.1, "report_nll": 3.0, "candidate": None}
+    return {
+        "name": "demo",
+        "config": {"seed": 0},
+        "target": "SmolLM2-135M-Instruct",
+        "generator": "Qwen2.5-Coder-1.5B-Instruct",
+        "sparsity": 0.6,
+        "dtype": "float32",
+        "context": 512,
+        "corpora": {"calibration": "prose:0-48", "fitness": "prose:100-116", "report": "wikitext-2/test"},
+        "table": [*pruned, dense],
+        "counts": {"answers": 96, "usable": 80, "invalid": 10, "repeated": 6, "evaluated": 60, "failed": 4},
+        "tokens": {"prompt": 120_000, "completion": 34_567},
+        "seconds": {"generating": 200.0, "evaluating": 700.4, "waiting": 59.6, "total": 3960.0},
+        "best": best.id,
+        "model": "runs/demo/[model]",
+        "command": "autoprune search configs/demo.yaml",
+    }
+
+
+@pytest.fixture(scope="module")
+def lineage():
+    return made_up_lineage(4, 8, seed=7)
+
+
+@pytest.fixture(scope="module")
+def report(lineage, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, write_report(folder, lineage, made_up_summary(lineage))
+
+
+def test_files_and_pictures(report):
+    folder, paths = report
+    names = {"report.json", "lineage.json", "report.md", "lineage.png", "fitness.png", "sparsity.png"}
+    assert {path.name for path in paths} == names == {path.name for path in folder.iterdir()}
+    for path in paths:
+        if path.suffix == ".png":
+            picture = imread(path)
+            assert min(picture.shape[:2]) > 400 and picture.std() > 0.02  # something is drawn
+
+
+def test_lineage_json_gives_the_lineage_back(report, lineage):
+    again = Lineage.from_dict(json.loads((report[0] / "lineage.json").read_text()))
+    assert list(again) == list(lineage)
+    assert set(again.graph.edges) == set(lineage.graph.edges)
+
+
+def test_markdown_table_has_dense_first_and_right_perplexities(report, lineage):
+    text = (report[0] / "report.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert [row[0] for row in rows[2:]] == ["dense", "wanda", "wanda+sdsa", "best found"]
+    assert rows[2][2:] == ["0.0%", "22.20", "20.09"]  # exp(3.1), exp(3.0)
+    for row in rows[3:]:
+        assert float(row[3]) == pytest.approx(math.exp(lineage[row[1]].fitness), abs=0.005)
+    assert rows[0][3] == "ppl_token@512, fitness split"
+
+
+def test_markdown_tells_the_chain_that_led_to_the_best(report, lineage):
+    text = (report[0] / "report.md").read_text()
+    path = lineage.ancestors_path(made_up_summary(lineage)["best"])
+    assert len(path) > 2  # else this test says nothing
+    assert re.findall(r"^\*\*(\S+)\*\*", text, re.MULTILINE) == [c.id for c in path]
+    for parent, child in zip(path, path[1:], strict=False):
+        edge = lineage.edge(parent.id, child.id)
+        assert f"{child.fitness - parent.fitness:+.4f} ± {edge['effect_error']:.4f} nats" in text
+        assert f"- Verdict: {edge['verdict']}" in text
+    assert path[-1].algorithm.score in text and "# allocation: sdsa mix=0.3 tau=0.5" in text
+
+
+def test_the_chain_goes_through_a_repaired_candidate(tmp_path):
+    lineage, rng = made_up_lineage(0, 0), random.Random(0)
+    broken = {"status": "invalid", "error": "name 'm9' is not defined", "hypothesis": "Columns matter."}
+    lineage.add(Candidate("g1-c0", 1, "explore", **broken))
+    algorithm = Algorithm("def score(W):\n    return W.abs()")
+    fixed = {"algorithm": algorithm, "status": "evaluated", "evaluation": evaluation(4.0, rng)}
+    lineage.add(Candidate("g1-c1", 1, "repair", ("g1-c0",), **fixed))
+    write_report(tmp_path, lineage, made_up_summary(lineage))
+    text = (tmp_path / "report.md").read_text()
+    assert "**g1-c0** (explore)" in text and "nothing; invalid: name 'm9' is not defined" in text
+    assert "**g1-c1** (repair of g1-c0)" in text
+
+
+def test_the_models_words_cannot_act_as_markup(report):
+    text = (report[0] / "report.md").read_text()
+    assert "<b>" not in text and "[them](x)" not in text and "ignores *them*" not in text
+    assert r"ignores \*them\*" in text
+
+
+def test_markdown_says_what_a_reader_must_know(report):
+    text = (report[0] / "report.md").read_text()
+    words = (
+        "our reconstruction",
+        "float32",
+        "wikitext-2/test",
+        "mask only",
+        "standard error over 16 windows",
+        "paired",
+    )
+    assert [word for word in words if word not in text] == []
+    assert "autoprune search configs/demo.yaml" in text and "96 answers, 80 usable" in text
+
+
+@pytest.mark.parametrize("change", ["only seeds", "no baseline", "no blocks"])
+def test_small_searches_have_a_report_too(tmp_path, change):
+    lineage = Lineage()
+    shares = () if change == "no blocks" else (0.5, 0.7)
+    algorithm = Algorithm("def score(W):\n    return W.abs()")
+    measured = Evaluation(4.0, 511, (4.0,), shares)
+    lineage.add(Candidate("seed-wanda", 0, "seed", (), algorithm, status="evaluated", evaluation=measured))
+    lineage.add(Candidate("seed-wanda+sdsa", 0, "seed", (), algorithm, status="evaluated", evaluation=measured))
+    summary = made_up_summary(lineage)
+    if change == "no baseline":
+        summary["table"] = []
+    paths = write_report(tmp_path, lineage, summary)
+    assert ("sparsity.png" in {path.name for path in paths}) == (change != "no blocks")
+    assert ("sparsity.png" in (tmp_path / "report.md").read_text()) == (change != "no blocks")
+
+
+def printed(action):
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    action(console)
+    return console.export_text()
+
+
+def test_table_in_the_terminal(lineage):
+    summary = made_up_summary(lineage)
+    text = printed(lambda console: console.print(table(summary)))
+    order = [text.index(f"{method} ") for method in ("dense", "wanda", "best found")]
+    assert order == sorted(order)
+    assert "22.20" in text and "pruned to 60%" in text
+
+
+def test_print_report_says_where_everything_is(report, monkeypatch):
+    folder = report[0]
+    monkeypatch.chdir(folder.parent)
+    text = printed(lambda console: print_report(folder, console))
+    summary = json.loads((folder / "report.json").read_text())
+    assert f"Best: {summary['best']}" in text and "1 h 06 min (3 min 20 s generating" in text
+    assert f"Report: {folder / 'report.md'}\n" in text
+    assert f"Model: {folder.parent}/runs/demo/[model]\n" in text
+    assert "# allocation: sdsa" in text
+
+
+@pytest.mark.parametrize("content", [None, "{half"])
+def test_a_run_without_a_readable_report_is_one_clear_line(tmp_path, content):
+    if content:
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(InputError, match="report.json") as caught:
+        print_report(tmp_path, Console())
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_perplexity_of_a_broken_model_is_infinite_not_an_error():
+    assert perplexity(1e6) == math.inf == perplexity(math.inf)
+    assert perplexity(math.log(20)) == pytest.approx(20)
