@@ -1,9 +1,9 @@
 """The grammar that holds a language model's answer: GBNF, staged (a name is usable once it is defined) and typed.
 
-A local's letter is its type (`m0`, `r0`, `c0`: see `algorithms.operations`; scalars are written where they are needed). A state counts the locals of each
-type that stand above the current line; every state has its own rules, so an undefined name or a wrong shape cannot be
-written. A line is one operation whose operands are names, or one small operation on names: lines stay short, and what
-is larger goes through a local.
+A local's letter is its type (`m0`, `r0`, `c0`: see `algorithms.operations`); scalars are written where they are used.
+A state counts the locals of each type that stand above the current line; every state has its own rules, so an
+undefined name or a wrong shape cannot be written. A line is one operation whose operands are names, or one small
+operation on names: lines stay short, and what is larger goes through a local.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def parse_answer(text: str, group: str = "row", allocation: Allocation = SDSA) -
     try:
         program = parse(source)
     except LanguageError as error:
-        if at_end and ("not Python" in str(error) or "return" not in source.splitlines()[-1]):
+        if at_end and ("not Python" in str(error) or not re.search(r"^\s+return .*\Z", source, re.MULTILINE)):
             raise LanguageError("the answer was cut before the function ended; write a shorter one") from None
         raise
     named = _line(head, "Group")

@@ -74,7 +74,9 @@ class _Reader:
                 raise _refuse(node, f"a loop is `for _ in range(N)`, N a literal up to {MAX_TURNS}, and not in a loop")
             case ast.Return(value=ast.expr() as value) if not in_loop:
                 return ast.Return(self.expression(value))
-        what = "a return inside a loop" if isinstance(node, ast.Return) else f"a {type(node).__name__} statement"
+        what = f"a {type(node).__name__} statement"
+        if isinstance(node, ast.Return):
+            what = "a return inside a loop" if in_loop else "a return without a value"
         raise _refuse(node, f"{what} is not in the language; expected `name = expression` or a final return")
 
     def assignment(self, target: ast.Name, value: ast.expr) -> ast.stmt:

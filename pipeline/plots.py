@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Callable
 
@@ -213,7 +214,9 @@ def sparsity_png(best: Candidate, others: list[Candidate], target: float, title:
     figure = Figure(figsize=(9.5, 4.4))
     axes = figure.subplots()
     axes.axhline(100 * target, color=QUIET, linestyle="--", linewidth=1.4, label=f"uniform ({100 * target:g}%)")
-    for candidate, colour in zip([*others, best], [*list(COLOURS.values())[1 : len(others) + 1], PATH], strict=True):
+    colours = itertools.cycle(list(COLOURS.values())[1:])
+    for candidate in [*others, best]:
+        colour = PATH if candidate is best else next(colours)
         shares = [100 * s for s in candidate.evaluation.block_sparsities]
         style = {"linewidth": 2.4, "marker": "o", "markersize": 4} if candidate is best else {"linewidth": 1.3}
         allocation = str(candidate.algorithm.allocation)

@@ -1,0 +1,175 @@
+"""The grammar writes only what the reader accepts: checked by sampling the rules themselves, and by xgrammar."""
+
+import ast
+import itertools
+import random
+import re
+
+import pytest
+import torch
+
+from autoprune.algorithms.grammar import Prose, Ref, answer_grammar, answer_rules
+from autoprune.algorithms.language import LanguageError, check_shapes, parse, parse_answer
+from autoprune.algorithms.operations import BY_NAME, OPERATIONS
+from autoprune.algorithms.probe import probe
+
+HEAD = (
+    "Diagnosis: the outlier columns are pruned\nHypothesis: input norms will protect them\n"
+    "Group: row\nAllocation: sdsa tau=0.5 m=0.3 depth=0.2\ndef score(W, x_norm, x_mean, x_std):\n"
+)
+
+
+def sample(rules, source, rule="root"):
+    """One derivation, every alternative of a rule equally likely."""
+    text = []
+    for item in source.choice(rules[rule]):
+        if isinstance(item, Ref):
+            text.append(sample(rules, source, item.rule))
+        elif isinstance(item, Prose):
+            text.append("".join(chr(source.randint(32, 126)) for _ in range(source.randint(item.least, item.most))))
+        else:
+            text.append(item)
+    return "".join(text)
+
+
+@pytest.fixture(scope="module")
+def answers():
+    rules, source = answer_rules(), random.Random(0)
+    return [sample(rules, source) for _ in range(1000)]
+
+
+def test_every_derivation_is_read_and_its_code_kept(answers):
+    for answer in answers:
+        proposal = parse_answer(answer)
+        assert parse(proposal.algorithm.score).source == proposal.algorithm.score
+        assert f"Group: {proposal.algorithm.group}\n" in answer
+        settings = dict(re.findall(r"(tau|m|depth)=([\d.]+)", answer.partition("Allocation:")[2].splitlines()[0]))
+        assert proposal.algorithm.allocation.parameters == {key: float(value) for key, value in settings.items()}
+        assert proposal.diagnosis == " ".join(answer.splitlines()[0].removeprefix("Diagnosis: ").split())
+
+
+def test_nearly_every_derivation_can_be_used_and_many_differ(answers):
+    masks = []
+    for answer in answers[:200]:
+        algorithm = parse_answer(answer).algorithm
+        check_shapes(parse(algorithm.score))
+        try:
+            masks.append(probe(algorithm, 0.6).mask)
+        except LanguageError:
+            continue
+    assert len(masks) >= 196
+    assert len(set(masks)) >= 130
+
+
+def test_every_local_has_a_say(answers):
+    """The reader drops lines without effect: what is left must be as many lines as were written."""
+    written = kept = 0
+    for answer in answers:
+        written += len(re.findall(r"^    [mrc]\d = ", answer, re.MULTILINE))
+        kept += parse_answer(answer).algorithm.score.count(" = ")
+    assert kept >= 0.8 * written
+
+
+def test_answers_are_short(answers):
+    assert max(len(answer.partition("def score")[2]) for answer in answers) < 600
+
+
+SHAPES = {"m": (5, 7), "r": (7,), "c": (5, 1), "s": ()}
+
+
+@pytest.mark.parametrize("result, text", [writing for o in OPERATIONS for writing in o.writings])
+def test_writings_have_the_shape_of_their_type_and_stay_above_zero(result, text):
+    """Evaluated by Python itself on random operands ≥ 0, zeros among them."""
+    generator = torch.Generator().manual_seed(0)
+    values = {"torch": torch}
+
+    def operand(match):
+        if match[1] not in SHAPES:
+            return "1.5"
+        name = f"{match[1]}{len(values)}"
+        values[name] = torch.rand(SHAPES[match[1]], generator=generator).sub(0.2).clamp(min=0)
+        return name
+
+    value = eval(re.sub(r"\{(\w)\}", operand, text), values)
+    assert value.shape == SHAPES[result]
+    assert value.isfinite().all() and (value >= 0).all()
+
+
+def test_writings_use_only_what_the_table_allows():
+    for operation in OPERATIONS:
+        for _, text in operation.writings:
+            tree = ast.parse(re.sub(r"\{(\w)\}", r"\1", text), mode="eval")
+            called = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            assert called <= BY_NAME.keys()
+            assert operation.name in called or f" {operation.name} " in text
+        if operation.form != "operator":
+            assert hasattr(torch, operation.name) or hasattr(torch.Tensor, operation.name)
+
+
+def test_rules_are_complete_and_not_left_recursive():
+    rules = answer_rules()
+    first = {name: {a[0].rule for a in alternatives if isinstance(a[0], Ref)} for name, alternatives in rules.items()}
+    for name, alternatives in rules.items():
+        assert alternatives, name
+        assert all(item.rule in rules for a in alternatives for item in a if isinstance(item, Ref)), name
+    for _ in rules:  # transitive closure
+        first = {name: after.union(*(first[other] for other in after)) for name, after in first.items()}
+    assert not [name for name, after in first.items() if name in after]
+
+
+def test_number_of_locals_is_bounded():
+    assert len(answer_grammar(0)) < len(answer_grammar(1)) < len(answer_grammar(2))
+    rules = answer_rules(1)
+    assert all(sample(rules, random.Random(seed)).count(" = ") <= 1 for seed in range(50))
+    with pytest.raises(ValueError, match="max_locals is 10"):
+        answer_grammar(10)
+
+
+class TestXgrammar:
+    """The library that constrains vLLM's decoding reads the grammar, and draws the line where it should."""
+
+    @pytest.fixture(scope="class")
+    def accepts(self):
+        xgrammar = pytest.importorskip("xgrammar")
+        vocabulary = [bytes([byte]) for byte in range(256)] + [b"<end>"]
+        info = xgrammar.TokenizerInfo(vocabulary, stop_token_ids=[256])
+        compiled = xgrammar.GrammarCompiler(info).compile_grammar(answer_grammar())
+
+        def accepts(text):
+            matcher = xgrammar.GrammarMatcher(compiled)
+            return matcher.accept_string(text) and matcher.accept_token(256)
+
+        return accepts
+
+    def test_derivations_are_accepted(self, accepts, answers):
+        assert all(accepts(answer) for answer in itertools.islice(answers, 100))
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "    return W.abs() * x_norm",
+            "    r0 = W.abs().mean(dim=0)\n    return W.abs() / (r0 + 1e-6)",
+            "    m0 = W.abs() * x_norm\n    c0 = m0.mean(dim=1, keepdim=True)\n    return m0 / (c0 + 1e-6)",
+            "    m0 = W.abs() / (W.abs().sum(dim=0) + 1e-6)\n"
+            "    m1 = W.abs() / (W.abs().sum(dim=1, keepdim=True) + 1e-6)\n"
+            "    m2 = m1 + m0\n    return m2 * (x_norm ** 0.5)",
+        ],
+    )
+    def test_known_algorithms_can_be_written(self, accepts, body):
+        assert accepts(HEAD + body)
+        check_shapes(parse(parse_answer(HEAD + body).algorithm.score))
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "    return W.abs() * r0",  # not defined
+            "    return x_norm * x_std",  # a row
+            "    r0 = W.abs().mean(dim=1, keepdim=True)\n    return W.abs() * r0",  # a column under a row's name
+            "    return W * x_norm",  # signed
+            "    return W.abs() / x_std",  # unguarded
+            "    r0 = W.abs().mean(dim=0)\n    return W.abs() * x_norm",  # defined in vain
+            "    import os\n    return W.abs() * x_norm",
+        ],
+    )
+    def test_everything_else_cannot(self, accepts, body):
+        assert not accepts(HEAD + body)

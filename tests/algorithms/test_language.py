@@ -1,0 +1,363 @@
+"""What the language lets in, what it keeps out, and that its canonical form means what the source meant."""
+
+import pytest
+import torch
+
+from autoprune.algorithms.algorithm import Allocation
+from autoprune.algorithms.language import SDSA, LanguageError, check_shapes, parse, parse_answer
+
+RIA = """
+def score(W, x_norm):
+    return (W.abs() / W.abs().sum(dim=0, keepdim=True) + W.abs() / W.abs().sum(dim=1, keepdim=True)) * x_norm ** 0.5
+"""
+FREE = '''
+import torch
+
+def score(W: torch.Tensor, x_std, x_norm) -> torch.Tensor:
+    """Any names, any of the accepted forms."""
+    importance = torch.abs(W)
+    unused = x_std * 2
+    importance *= x_norm[None, :] ** 2
+    for step in range(2):
+        importance = importance / (torch.norm(importance, p=2, dim=1, keepdim=True) + 1e-6)
+    big = importance > importance.mean(1, keepdim=True)
+    return torch.where(big, importance, 0.5 * importance)
+'''
+
+
+def layer(rows=6, columns=9):
+    generator = torch.Generator().manual_seed(1)
+    W = torch.randn(rows, columns, generator=generator)
+    return W, {name: torch.rand(columns, generator=generator) + 0.1 for name in ("x_norm", "x_mean", "x_std")}
+
+
+def function(body, parameters="W, x_norm, x_mean, x_std"):
+    return f"def score({parameters}):\n" + "".join(f"    {line}\n" for line in body.split("\n"))
+
+
+@pytest.mark.parametrize("source", [function("return W.abs()", "W"), function("return W.abs() * x_norm"), RIA, FREE])
+def test_program_computes_what_python_would(source):
+    W, statistics = layer()
+    before = W.clone()
+    program = parse(source)
+    check_shapes(program)
+    namespace = {}
+    exec(source, {"torch": torch}, namespace)
+    expected = namespace["score"](W.clone(), *(statistics[n] for n in _parameters(source)))
+    assert torch.equal(program(W, statistics), expected)
+    assert torch.equal(W, before)
+
+
+def _parameters(source):
+    return [
+        name.split(":")[0].strip()
+        for name in source.partition("score(")[2].partition(") ->")[0].partition("):")[0].split(",")
+    ][1:]
+
+
+def test_canonical_form():
+    program = parse(FREE)
+    assert program.source.splitlines() == [
+        "def score(W, x_norm):",
+        "    v0 = W.abs()",
+        "    v0 = v0 * x_norm[None, :] ** 2.0",
+        "    for _ in range(2):",
+        "        v0 = v0 / (v0.norm(p=2.0, dim=1, keepdim=True) + 1e-06)",
+        "    v1 = v0 > v0.mean(dim=1, keepdim=True)",
+        "    return torch.where(v1, v0, 0.5 * v0)",
+    ]
+    assert program.reads == ("x_norm",)
+    assert parse(program.source) == program
+
+
+def test_names_spacing_and_order_of_parameters_do_not_matter():
+    one = parse("def score(W, x_norm, x_std):\n  a=W.abs( )*x_std\n  b=a+x_norm\n  return b/2")
+    other = parse(
+        "def score(W, x_std, x_mean, x_norm):\n\tv1 = torch.abs(W) * x_std\n\tv0 = v1 + x_norm\n\treturn v0 / 2.0"
+    )
+    assert one.source == other.source
+    assert one.reads == ("x_norm", "x_std")
+
+
+def test_augmented_assignment_never_reaches_the_input():
+    W, statistics = layer()
+    before = W.clone()
+    scores = parse(function("m = W\nm *= x_norm\nm **= 2\nreturn m"))(W, statistics)
+    assert torch.equal(W, before)
+    assert torch.equal(scores, (W * statistics["x_norm"]) ** 2)
+
+
+def test_a_local_may_carry_the_name_of_a_statistic_that_is_no_parameter():
+    W, statistics = layer()
+    program = parse(function("x_norm = W.abs()\nreturn x_norm * 2", "W"))
+    assert program.reads == ()
+    assert torch.equal(program(W, statistics), W.abs() * 2)
+
+
+OUTSIDE = [
+    "import os\nreturn W.abs()",
+    "return __import__('os').system('true')",
+    "return W.__class__",
+    "return W.abs().__class__.__mro__",
+    "return torch.ones(3, 3)",
+    "return torch.rand_like(W)",
+    "return torch.load('x')",
+    "return torch.ops.aten.abs(W)",
+    "return torch.nn.functional.relu(W)",
+    "return W.apply_(lambda x: x)",
+    "return W.abs_()",
+    "return W.data",
+    "return W.T",
+    "return W.numpy()",
+    "return W.tolist()",
+    "return (lambda: W)()",
+    "return [w for w in W]",
+    "return eval('W')",
+    "return print(W)",
+    "return open('f')",
+    "return range(3)",
+    "return torch",
+    "return W @ W",
+    "return W // 2",
+    "return W % 2",
+    "return W << 2",
+    "return W if True else W",
+    "return W and W",
+    "return not W",
+    "return 1 < W < 2",
+    "return W in W",
+    "return W[W > 0]",
+    "return W['a']",
+    "return W[x_norm]",
+    "return W[0.5]",
+    "return W[...]",
+    "return f'{W}'",
+    "return 'W'",
+    "return True * W",
+    "return None",
+    "return W * 1j",
+    "return W * 1e10",
+    "return W * 1e999",
+    "return W * " + "9" * 5000,
+    "return (W, W)",
+    "return *W,",
+    "return {}",
+    "return W.sum(dim=(0, 1))",
+    "return W.sum(dim=x_norm)",
+    "return W.sum(dim=1, keepdim=1)",
+    "return W.sum(dim=1, dtype=torch.float64)",
+    "return W.sum(1, dim=1)",
+    "return torch.abs(W, out=W)",
+    "return torch.abs(*W)",
+    "return W.sum(**W)",
+    "return W.max(dim=1)",
+    "return (y := W)",
+    "return undefined",
+    "return",
+    "W = W.abs()\nreturn W",
+    "W += 1\nreturn W",
+    "x_norm = W\nreturn W",
+    "W[0] = 1\nreturn W",
+    "W.data = 1\nreturn W",
+    "a = b = W\nreturn a",
+    "a, b = W, W\nreturn a",
+    "a: int = W\nreturn a",
+    "torch = W\nreturn torch",
+    "range = W\nreturn W",
+    "__builtins__ = W\nreturn W",
+    "del W\nreturn x_norm",
+    "global W\nreturn W",
+    "assert W\nreturn W",
+    "pass\nreturn W",
+    "W.abs()\nreturn W",
+    "raise W",
+    "yield W\nreturn W",
+    "while True: a = W\nreturn W",
+    "with W: a = W\nreturn W",
+    "try: a = W\nfinally: b = W\nreturn W",
+    "def f(): return W\nreturn f()",
+    "class A: a = W\nreturn W",
+    "if True: a = W\nreturn W",
+    "for w in W: a = w\nreturn W",
+    "for _ in range(9): a = W\nreturn W",
+    "for _ in range(0): a = W\nreturn a",
+    "for _ in range(True): a = W\nreturn W",
+    "for _ in range(2, 4): a = W\nreturn W",
+    "for W in range(2): a = W\nreturn W",
+    "for i in range(2): a = W * i\nreturn a",
+    "for _ in range(8):\n    for _ in range(8): a = W\nreturn W",
+    "for _ in range(2): return W",
+    "for _ in range(2): a = W\nelse: b = W\nreturn W",
+    "return W\nreturn W",
+    "return W\na = W",
+    "return " + "(" * 300 + "W" + ")" * 300,
+    "return " + "-" * 9000 + "W",
+    "return W" + " + W" * 2000,
+    "return W" + ".abs()" * 100,
+    "return W * 2" + "0" * 20000,
+    "return W\0",
+    "return W * '\ud800'",
+]
+
+
+@pytest.mark.parametrize("body", OUTSIDE, ids=range(len(OUTSIDE)))
+def test_outside_is_refused(body):
+    with pytest.raises(LanguageError) as refusal:
+        parse(function(body))
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "score = 1",
+        "def other(W):\n    return W",
+        "def score():\n    return 1",
+        "def score(x_norm, W):\n    return W",
+        "def score(W, W):\n    return W",
+        "def score(W, x):\n    return W",
+        "def score(W, x_norm=1):\n    return W",
+        "def score(W, *x_norm):\n    return W",
+        "def score(W, *, x_norm):\n    return W",
+        "def score(W, /):\n    return W",
+        "def score(W, **x):\n    return W",
+        "@torch.no_grad()\ndef score(W):\n    return W",
+        "async def score(W):\n    return W",
+        "import os\ndef score(W):\n    return W",
+        "import torch as range\ndef score(W):\n    return W",
+        "from torch import abs\ndef score(W):\n    return W",
+        "def score(W):\n    return W\nscore(1)",
+        "def score(W):\n    'only a docstring'",
+    ],
+)
+def test_other_forms_of_the_source_are_refused(source):
+    with pytest.raises(LanguageError):
+        parse(source)
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("return W.abs() * x_nrm", r"line 2, column 22: 'x_nrm' is not defined; did you mean 'x_norm'\?"),
+        ("return W.sqr()", r"line 2, column 12: 'sqr' is not in the language; did you mean 'sqrt'\?"),
+        ("return W.abs(", "line 2, column 17: not Python"),
+    ],
+)
+def test_errors_say_where_and_what_instead(body, message):
+    with pytest.raises(LanguageError, match=message):
+        parse(function(body))
+
+
+def test_no_builtins_and_little_torch_in_reach():
+    namespace = parse(function("return torch.maximum(W, W)"))._score.__globals__
+    assert namespace["__builtins__"] == {}
+    assert set(namespace) == {"__builtins__", "range", "torch", "score"}
+    assert set(vars(namespace["torch"])) == {"where", "maximum", "minimum"}
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("return W.abs().sum(dim=1)", r"returned float32 \[5\], expected float32 \[5, 7\]"),
+        ("return W > 0", "returned bool"),
+        ("return 2", "returned a float"),
+        ("return x_norm[:, None] * W", "in `return x_norm"),
+        ("a = x_norm[:, None] * x_norm\nreturn W + a.mean()", "larger than W"),
+        ("a = W.sum(1, keepdim=True)\nb = a * a.sum(1)[None, :]\nreturn W + b.mean()", "larger than W"),
+        ("return W[:, :4] * W", "in `return W"),
+        ("return W.sum(dim=2) + W", "Dimension out of range"),
+        ("return W * (10 ** 9) ** (10 ** 9)", "out of range"),
+        ("return W * (1 / 0)", "division by zero"),
+        ("return W * (2).abs()", "attribute"),
+        ("return W.clamp()", "in `return W.clamp"),
+        ("return W.pow()", "in `return W.pow"),
+    ],
+)
+def test_shapes_are_checked_before_anything_is_computed(body, message):
+    program = parse(function(body))
+    with pytest.raises(LanguageError, match=message):
+        check_shapes(program)
+
+
+def test_call_checks_what_comes_back():
+    W, statistics = layer(4, 4)
+    with pytest.raises(LanguageError, match="expected float32"):
+        parse(function("return x_norm"))(W, statistics)
+
+
+ANSWER = """Diagnosis: Rows differ in scale.
+Hypothesis: Dividing by the row mean will help.
+Group: matrix
+Allocation: sdsa tau=1 m=0.5 depth=0.2
+def score(W, x_norm, x_mean, x_std):
+    m0 = W.abs() * x_norm
+    c0 = m0.mean(dim=1, keepdim=True)
+    return m0 / (c0 + 1e-6)"""
+
+
+def test_answer():
+    proposal = parse_answer(ANSWER)
+    assert proposal.diagnosis == "Rows differ in scale."
+    assert proposal.hypothesis == "Dividing by the row mean will help."
+    assert proposal.algorithm.group == "matrix"
+    assert proposal.algorithm.allocation == Allocation("sdsa", {"tau": 1.0, "m": 0.5, "depth": 0.2})
+    assert proposal.algorithm.score.startswith("def score(W, x_norm):\n    v0 = ")
+
+
+def test_answer_in_prose_and_markup():
+    head, code = ANSWER.split("\ndef")
+    head = "Sure!\n\n**" + head.replace(":", ":**").replace("\n", "\n- **")
+    text = f"{head}\n\n```python\nimport torch\n\ndef{code}\n```\nThis works because def score(W) is good.\n"
+    assert parse_answer(text) == parse_answer(ANSWER)
+
+
+def test_answer_with_an_indented_function_and_text_after_it():
+    code = (
+        "  def score(\n      W,\n      x_norm,\n  ):\n      a = (\n  W.abs() * x_norm)\n\n      return a\n  And so on."
+    )
+    assert parse_answer(code).algorithm.score == "def score(W, x_norm):\n    v0 = W.abs() * x_norm\n    return v0"
+
+
+def test_missing_lines_take_the_given_defaults():
+    code = ANSWER.partition("0.2\n")[2]
+    proposal = parse_answer(code)
+    assert (proposal.diagnosis, proposal.hypothesis) == ("", "")
+    assert (proposal.algorithm.group, proposal.algorithm.allocation) == ("row", SDSA)
+    parent = Allocation("atp", {"beta": 0.01})
+    algorithm = parse_answer(code, group="matrix", allocation=parent).algorithm
+    assert (algorithm.group, algorithm.allocation) == ("matrix", parent)
+    assert parse_answer("Allocation: uniform\n" + code).algorithm.allocation == Allocation("uniform")
+
+
+@pytest.mark.parametrize(
+    "end",
+    ["def score(", "x_mean, x_std):", "m0 = ", "* x_norm\n", "c0 = m0.mean(dim", "retu", "return", "return m0 / (c0"],
+)
+def test_a_cut_answer_says_so(end):
+    with pytest.raises(LanguageError, match="the answer was cut"):
+        parse_answer(ANSWER[: ANSWER.index(end) + len(end)])
+
+
+def test_an_answer_without_a_function_is_refused():
+    with pytest.raises(LanguageError, match="no line `def score"):
+        parse_answer("Diagnosis: I would multiply weights and inputs.")
+
+
+@pytest.mark.parametrize(
+    "line", ["sdsa tau=0", "sdsa tau=nan", "sdsa q=1", "sdsa m=2", "magic", "sdsa tau", "uniform m=1"]
+)
+def test_allocations_out_of_bounds_are_refused(line):
+    with pytest.raises(LanguageError, match="the allocation is"):
+        parse_answer(ANSWER.replace("sdsa tau=1 m=0.5 depth=0.2", line))
+
+
+def test_unknown_group_is_refused():
+    with pytest.raises(LanguageError, match="the group is 'block', expected row or matrix"):
+        parse_answer(ANSWER.replace("Group: matrix", "Group: block"))
+
+
+def test_thoughts_are_capped_and_printable():
+    text = ANSWER.replace("Rows differ", "Rows\x1b[31m \u202ediffer\ud800 " + "x" * 1000)
+    diagnosis = parse_answer(text).diagnosis
+    assert len(diagnosis) == 400 and diagnosis.isprintable()
