@@ -170,7 +170,7 @@ CATALOGUE = {
                     sha256="91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
                 ),
             ),
-            disk_bytes=2_600_000,
+            disk_bytes=2_900_000,
             sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
         ),
     )

@@ -45,7 +45,8 @@ def test_every_derivation_is_read_and_its_code_kept(answers):
         assert f"Group: {proposal.algorithm.group}\n" in answer
         settings = dict(re.findall(r"(tau|m|depth)=([\d.]+)", answer.partition("Allocation:")[2].splitlines()[0]))
         assert proposal.algorithm.allocation.parameters == {key: float(value) for key, value in settings.items()}
-        assert proposal.diagnosis == " ".join(answer.splitlines()[0].removeprefix("Diagnosis: ").split())
+        diagnosis = answer.splitlines()[0].removeprefix("Diagnosis: ").lstrip("*_ ")  # markup is dropped
+        assert proposal.diagnosis == " ".join(diagnosis.split())
 
 
 def test_nearly_every_derivation_can_be_used_and_many_differ(answers):
@@ -59,6 +60,24 @@ def test_nearly_every_derivation_can_be_used_and_many_differ(answers):
             continue
     assert len(masks) >= 196
     assert len(set(masks)) >= 130
+
+
+def test_damaged_answers_are_refused_or_still_sound(answers):
+    """Whatever a few changed characters make of an answer: a clear refusal, or a program that reads as itself."""
+    source, refused = random.Random(1), 0
+    for answer in answers:
+        start = answer.index("def score")
+        for _ in range(source.randint(1, 3)):
+            at = source.randrange(start, len(answer))
+            answer = answer[:at] + source.choice(["", " ", "\n", *"()[]:=*-.,_'1eWxm\0\\"]) + answer[at + 1 :]
+        try:
+            score = parse_answer(answer).algorithm.score
+        except LanguageError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert parse(score).source == score
+    assert 0.2 * len(answers) < refused < len(answers)
 
 
 def test_every_local_has_a_say(answers):

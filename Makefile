@@ -1,0 +1,50 @@
+# make demo    set up, search on real models, print the table
+# make test    set up, lint, run the tests
+# make lock    resolve the locks anew (deploy/lock.py)
+
+PYTHON ?= python3.11
+VENV := .venv
+LOCK := deploy/locks/cpu.txt
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# The stamp holds the hash of what the environment was made from, so a stale one is noticed whatever the clock says.
+STAMP := $(VENV)/.made-from
+WANTED = $(shell cat $(LOCK) setup.cfg | sha256sum | cut -d' ' -f1)
+
+.PHONY: setup demo smoke test lint lock clean
+
+setup:
+	@if [ "$$(cat $(STAMP) 2>/dev/null)" != "$(WANTED)" ]; then $(MAKE) --no-print-directory $(VENV); fi
+
+# --no-deps: the lock is complete, and leaves out what would break (see deploy/lock.py). Where the index gave a torch
+# build that needs its CUDA libraries, these are installed as well.
+$(VENV): FORCE
+	@command -v $(PYTHON) > /dev/null || { echo "make: no $(PYTHON): install CPython 3.11 or name it, PYTHON=…" >&2; exit 2; }
+	@echo "Setting up $(VENV) from $(LOCK): a few minutes."
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet --no-deps --no-compile --require-hashes -r $(LOCK)
+	@$(VENV)/bin/python -c "import torch" 2> /dev/null || \
+		$(PIP) install --quiet --no-compile "$$(grep -o '^torch==[^ ]*' $(LOCK))"
+	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@echo "$(WANTED)" > $(STAMP)
+
+FORCE:
+
+demo: setup
+	@$(VENV)/bin/autoprune search configs/demo.yaml $(ARGS)
+
+smoke: setup
+	@$(VENV)/bin/autoprune search configs/smoke.yaml $(ARGS)
+
+lint: setup
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --quiet --check . || { echo "run: ruff format ." >&2; exit 1; }
+
+test: lint
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+lock:
+	$(PYTHON) deploy/lock.py cpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

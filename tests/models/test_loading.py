@@ -1,0 +1,134 @@
+"""Names of models, their tokenizers, and GGUF files written on the spot from a model that we know."""
+
+import math
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import save_tiny_model
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM
+
+from autoprune.models.bundled import CATALOGUE
+from autoprune.models.corpora import load_corpus, token_windows
+from autoprune.models.errors import InputError
+from autoprune.models.loading import GGUF_BLOCK, convert_gguf, load_config, load_tokenizer, resolve_model
+
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+
+
+def test_local_folder(tiny_model, tmp_path):
+    assert resolve_model(str(tiny_model)) == tiny_model
+    assert load_config(tiny_model).num_hidden_layers == 4
+    tokenizer = load_tokenizer(tiny_model)
+    assert tokenizer.decode(tokenizer("a b\nc").input_ids) == "a b\nc"
+    with pytest.raises(InputError, match="has no config.json"):
+        resolve_model(str(tmp_path))
+    with pytest.raises(InputError, match="cannot read the model configuration"):
+        load_config(tmp_path)
+    with pytest.raises(InputError, match="cannot read the tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smolm2-135m", "did you mean smollm2-135m-instruct"),
+        ("/no/such/folder", "expected a bundled model"),
+        ("wikipedia-sample", "is a corpus, not a model"),
+        ("organisation/model", "cannot get organisation/model from the model hub"),
+    ],
+)
+def test_clear_errors(name, message):
+    with pytest.raises(InputError, match=message) as error:
+        resolve_model(name)
+    assert "\n" not in str(error.value)
+
+
+def write_gguf(model, path, output=None):
+    """The model in float32, as llama.cpp's converter lays it out: a llama's q and k rows interleaved per head."""
+    config, prefix = model.config, model.config.model_type
+    writer = gguf.GGUFWriter(path, prefix)
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm" if prefix == "llama" else "qwen2")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer.add_token_list([*letters[:-2], letters[0] + letters[1], "<|end|>"])  # two bytes that no test writes give way
+    writer.add_token_types([1] * 255 + [3])
+    writer.add_token_merges([f"{letters[0]} {letters[1]}"])
+    writer.add_eos_token_id(255)
+    writer.add_bos_token_id(255)
+    writer.add_chat_template(TEMPLATE)
+    back = {theirs: ours for ours, theirs in GGUF_BLOCK.items()}
+    outside = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+    for name, tensor in model.state_dict().items():
+        stem, kind = name.rsplit(".", 1)
+        value = tensor.float().numpy()
+        if stem == "lm_head":
+            continue
+        if stem.startswith("model.layers."):
+            _, _, number, part = stem.split(".", 3)
+            if prefix == "llama" and part in ("self_attn.q_proj", "self_attn.k_proj"):
+                heads = config.num_attention_heads if "q_proj" in part else config.num_key_value_heads
+                value = value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+            stem = f"blk.{number}.{back[part]}"
+        writer.add_tensor(f"{outside.get(stem, stem)}.{kind}", np.ascontiguousarray(value))
+    if output is not None:
+        writer.add_tensor("output.weight", output)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_gguf_keeps_the_model(tmp_path, family):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "tiny", family), dtype=torch.bfloat16)
+    write_gguf(model, tmp_path / "source")
+    convert_gguf(tmp_path / "source", tmp_path / "converted")
+
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+    assert converted.dtype == torch.bfloat16 and not hasattr(converted.config, "quantization_config")
+    ids = torch.arange(40)[None]
+    assert torch.equal(converted(ids).logits, model(ids).logits)
+    tokenizer = load_tokenizer(tmp_path / "converted")
+    assert tokenizer.chat_template == TEMPLATE and tokenizer.eos_token == "<|end|>"
+    assert tokenizer.model_max_length == 128
+    assert tokenizer.decode(tokenizer("def f(x):\n  return 12").input_ids) == "def f(x):\n  return 12"
+
+
+def test_gguf_output_matrix_is_shared(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "tiny"), dtype=torch.bfloat16)
+    output = (model.lm_head.weight.float() + 0.5).detach().bfloat16()
+    write_gguf(model, tmp_path / "source", output.float().numpy())
+    convert_gguf(tmp_path / "source", tmp_path / "converted")
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+    assert converted.lm_head.weight is converted.model.embed_tokens.weight
+    assert torch.equal(converted.lm_head.weight, output)
+
+
+@pytest.mark.skipif(not CATALOGUE["smollm2-135m-instruct"].on_disk(), reason="SmolLM2 is not in the cache")
+@pytest.mark.skipif(not CATALOGUE["wikipedia-sample"].on_disk(), reason="wikipedia-sample is not in the cache")
+def test_smollm2_is_whole():
+    folder = resolve_model("smollm2-135m-instruct")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert "<|im_start|>user\nHi<|im_end|>" in tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    windows = token_windows(load_corpus("wikipedia-sample[:1]"), tokenizer, 128, 2)
+    with torch.no_grad():
+        loss = model(windows, labels=windows).loss.item()
+    assert 10 < math.exp(loss) < 40  # a permutation or a tensor that went wrong gives thousands
