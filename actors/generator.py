@@ -5,6 +5,7 @@ Each has `generate(requests) -> answers per request` and `stop()`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,10 +92,8 @@ class VllmGenerator:
     def stop(self) -> None:
         import ray
 
-        try:
+        with contextlib.suppress(Exception):  # the engine is gone or hangs: the actor is killed either way
             ray.get(self._actor.stop.remote(), timeout=20)
-        except Exception:
-            pass  # the engine is gone or hangs: the actor is killed either way
         ray.kill(self._actor)
 
 

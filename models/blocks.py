@@ -63,9 +63,7 @@ class DecoderRange(nn.Module):
         for part in ("layers", "norm", "embed_tokens", "rotary_emb"):
             if not hasattr(decoder, part):
                 family = type(model).__name__
-                raise InputError(
-                    f"{family} is not supported: looked for decoder.{part}, as Llama and Qwen2 have; choose such a model"
-                )
+                raise InputError(f"{family} is not supported: looked for decoder.{part}, as Llama and Qwen2 have it")
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         self.block_prefix = f"{prefix}.layers"
         names = {f"{prefix}.norm.weight", "lm_head.weight", f"{prefix}.embed_tokens.weight"}

@@ -20,6 +20,7 @@ from autoprune.models.errors import InputError
 
 SIDECAR = "autoprune.json"
 SIDECAR_SCHEMA = 1
+COPIED = (".json", ".txt", ".model", ".jinja")  # configuration and tokenizer files
 
 
 def check_output(out: Path) -> None:
@@ -79,13 +80,8 @@ def export(
         paths = [folder / shard_file(index, shards) for index in range(shards)]
         layers = {name: entry for report in write_shards(paths) for name, entry in report.items()}
         for file in source.iterdir():
-            if (
-                file.is_file()
-                and file.suffix in (".json", ".txt", ".model", ".jinja")
-                and "safetensors" not in file.name
-            ):
-                if file.name not in (SIDECAR, "manifest.json"):
-                    shutil.copyfile(file, folder / file.name)
+            if file.suffix in COPIED and "safetensors" not in file.name and file.name not in (SIDECAR, "manifest.json"):
+                shutil.copyfile(file, folder / file.name)
         if shards > 1:
             _write_index(folder, paths)
         numel = sum(entry["numel"] for entry in layers.values())

@@ -79,7 +79,7 @@ class Data:
     calibration_windows: int = 32
     fitness: str = "wikipedia-sample[40:70]"
     fitness_windows: int = 8
-    report: str = "wikipedia-sample[70:107]"
+    report: str = "wikipedia-sample[70:106]"
     report_windows: int = 16
 
 
@@ -174,7 +174,7 @@ def _set(data: dict, keys: list[str], value: Any) -> None:
 def _build(cls: type, data: Any, where: str) -> Any:
     """A dataclass from a mapping; unknown keys and wrong types are refused with the key's whole path."""
     if not isinstance(data, dict):
-        raise InputError(f"{where or 'configuration'} is {data!r}: expected keys and values")
+        raise InputError(f"{where.rstrip('.') or 'configuration'} is {data!r}: expected keys and values")
     hints = typing.get_type_hints(cls)
     for key in data:
         if key not in hints:
@@ -209,9 +209,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def check_config(config: Config) -> None:
     """InputError, one line, for values that no search can run with. Does not look at models, texts or the network."""
-    target, generator, evaluators, data, search = (
-        config.target, config.generator, config.evaluators, config.data, config.search
-    )  # fmt: skip
+    target, generator, data, search = config.target, config.generator, config.data, config.search
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise InputError(f"name is {config.name!r}: expected a folder name without slashes")
     if not 0 < target.sparsity < 1:

@@ -17,8 +17,8 @@ SYSTEM = """You design pruning algorithms for language models. The `score` funct
 layer a number; in each comparison group the lowest scores are pruned. Nothing is retrained.
 W: weights [out, in]. x_norm, x_mean, x_std: root mean square, mean and standard deviation of each input feature, [in].
 Group: row (weights of one output compete) or matrix (all weights of the layer compete).
-Allocation: how the budget is spread over the blocks. tau: lower = more weight on skewed blocks; m: share of the budget \
-that follows skewness, 0 is uniform; depth: how much more early blocks keep than late ones.
+Allocation: how the budget is spread over the blocks. tau: lower = more weight on skewed blocks; m: share of the \
+budget that follows skewness, 0 is uniform; depth: how much more early blocks keep than late ones.
 Answer in exactly this form:
 Diagnosis: <what limits the candidate, one sentence>
 Hypothesis: <what you change and why the error will fall, one sentence>

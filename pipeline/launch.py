@@ -1,4 +1,4 @@
-"""Composes the real parts of a search (Ray, vLLM, MLflow), runs it, and turns its best into a checkpoint and a report."""
+"""Composes the real parts of a search (Ray, vLLM, MLflow), runs it, and exports and reports its best."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def _conclude(
         "best": best.id,
         "model": str(model),
         "mlflow": ui_command,
-        "command": f"autoprune search {shlex.quote(str(folder / CONFIG_FILE))} --set name={shlex.quote(config.name)}-again",
+        "command": shlex.join(["autoprune", "search", str(folder / CONFIG_FILE), "--set", f"name={config.name}-again"]),
     }
     artifacts = write_report(folder, search.lineage, summary)
     metrics = {f"report_nll.{row['method'].replace('+', '-').replace(' ', '_')}": row["report_nll"] for row in table}

@@ -109,9 +109,9 @@ def _seeds_with_allocation(lineage: Lineage, best: Candidate) -> list[Candidate]
     """One seed for each non-uniform allocation: seeds that share one also share its curve."""
     seeds: dict[str, Candidate] = {}
     for candidate in lineage.evaluated():
-        if candidate.operator == "seed" and candidate is not best and candidate.evaluation.block_sparsities:
-            if candidate.algorithm.allocation.name != "uniform":
-                seeds.setdefault(str(candidate.algorithm.allocation), candidate)
+        measured = candidate.operator == "seed" and candidate is not best and candidate.evaluation.block_sparsities
+        if measured and candidate.algorithm.allocation.name != "uniform":
+            seeds.setdefault(str(candidate.algorithm.allocation), candidate)
     return list(seeds.values())
 
 

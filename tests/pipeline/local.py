@@ -56,7 +56,8 @@ class LocalEvaluator:
             if self.die_after is not None and len(self.measured) >= self.die_after:
                 raise KeyboardInterrupt
             self.measured.append(jobs[index].key)
-            yield index, self._forward(split, jobs[index], allocate(jobs[index].allocation, self._profiles, self._sparsity))
+            sparsities = allocate(jobs[index].allocation, self._profiles, self._sparsity)
+            yield index, self._forward(split, jobs[index], sparsities)
 
 
 class ListTracker:

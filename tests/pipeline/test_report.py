@@ -1,5 +1,6 @@
 """The report of made-up searches, built with the real lineage classes: what it must say, and its pictures."""
 
+import io
 import json
 import math
 import random
@@ -194,7 +195,7 @@ def test_small_searches_have_a_report_too(tmp_path, change):
 
 
 def printed(action):
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    console = Console(width=120, record=True, file=io.StringIO())
     action(console)
     return console.export_text()
 

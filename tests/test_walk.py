@@ -1,0 +1,228 @@
+"""The main job on real models: vLLM writes under the grammar, Ray prunes SmolLM2, MLflow shows it, vLLM serves it.
+
+One search (the fixture `walk`) is looked at from every side: its table, its lineage in MLflow, its checkpoint.
+"""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from autoprune.actors.generator import OpenAIGenerator
+from autoprune.actors.messages import Request
+from autoprune.algorithms.algorithm import Algorithm
+from autoprune.algorithms.grammar import answer_grammar
+from autoprune.algorithms.language import parse_answer
+from autoprune.algorithms.probe import probe
+from autoprune.models.errors import InputError
+from autoprune.pipeline.checkpoint import Journal
+from autoprune.pipeline.lineage import Lineage
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["data.context=128", "data.calibration_windows=8", "data.fitness_windows=2", "data.report_windows=4"]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "autoprune", *map(str, arguments)]
+
+
+def search_command(config: str, runs: Path, *settings: str) -> list[str]:
+    pairs = [part for setting in (f"runs={runs}", *settings) for part in ("--set", setting)]
+    return command("search", ROOT / "configs" / config, *pairs)
+
+
+def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def no_process_of(folder: Path, patience: float = 30.0) -> bool:
+    """Whether, within `patience` seconds, no process is left whose environment or command names the folder."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        alive = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if state != "Z" and str(folder).encode() in text and int(entry.name) != os.getpid():
+                alive.append(entry.name)
+        if not alive:
+            return True
+        time.sleep(0.5)
+    return False
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory) -> Path:
+    """Two generations of two candidates, written by SmolLM2 for itself: real engine, real evaluators, little text."""
+    runs = tmp_path_factory.mktemp("runs")
+    settings = [
+        *SMALL,
+        "name=walk",
+        "generator.model=smollm2-135m-instruct",
+        "generator.max_model_len=3072",
+        "search.seeds=[magnitude, wanda, wanda+owl, wanda+sdsa]",
+        "search.generations=2",
+        "search.candidates=2",
+        "search.prompts=2",
+        "search.answers=8",
+        "search.rounds=1",
+    ]
+    done = run(search_command("demo.yaml", runs, *settings), env=os.environ | {"AUTOPRUNE_TEST": str(runs)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert no_process_of(runs), "a process outlived the search"
+    folder = runs / "walk"
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+def test_the_run_folder_holds_everything(walk):
+    names = {entry.name for entry in walk.iterdir()}
+    expected = {"config.yaml", "journal.jsonl", "checkpoint", "lineage.json", "report.md", "report.json", "model"}
+    assert expected <= names
+    summary = json.loads((walk / "report.json").read_text())
+    methods = [row["method"] for row in summary["table"]]
+    assert methods == ["dense", "magnitude", "wanda", "wanda+owl", "wanda+sdsa", "best found"]
+    counts = summary["counts"]
+    assert counts["answers"] == 16
+    assert counts["usable"] >= 0.9 * counts["answers"], "the grammar lets through what cannot be used"
+    assert summary["tokens"]["completion"] > 0
+    assert summary["seconds"]["generating"] > 0 and summary["seconds"]["evaluating"] > 0
+    rows = {row["method"]: row for row in summary["table"]}
+    assert rows["best found"]["fitness_nll"] <= rows["wanda+sdsa"]["fitness_nll"]
+    assert rows["dense"]["report_nll"] < rows["best found"]["report_nll"]
+    assert "best found" in (walk / "stdout.txt").read_text()
+
+
+def test_mlflow_holds_the_lineage(walk):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{walk.parent / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("autoprune")
+    runs = client.search_runs([experiment.experiment_id], max_results=200)
+    children = {r.info.run_name: r for r in runs if "mlflow.parentRunId" in r.data.tags}
+    lineage = Lineage.from_dict(json.loads((walk / "lineage.json").read_text()))
+    assert set(children) == {c.id for c in lineage.evaluated()}
+    for candidate in lineage.evaluated():
+        child = children[candidate.id]
+        assert child.data.metrics["fitness_nll"] == pytest.approx(candidate.fitness)
+        assert child.data.tags["autoprune.parents"] == ",".join(candidate.parents)
+        assert "algorithm.py" in {file.path for file in client.list_artifacts(child.info.run_id)}
+    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    assert parent.info.status == "FINISHED"
+    assert len(client.get_metric_history(parent.info.run_id, "best_fitness_nll")) == 3
+
+
+def test_the_checkpoint_loads_and_measures_as_the_search_said(walk):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(walk / "model", dtype=torch.bfloat16)
+    sidecar = json.loads((walk / "model" / "autoprune.json").read_text())
+    modules = dict(model.named_modules())
+    for name, entry in sidecar["layers"].items():
+        zeros = int((modules[name].weight == 0).sum())
+        assert zeros >= entry["pruned"], f"{name} has fewer zeros than the sidecar says"
+        assert zeros <= entry["pruned"] + 0.001 * entry["numel"], f"{name} has more zeros than were pruned"
+    assert sidecar["sparsity"]["achieved"] == pytest.approx(0.6, abs=1 / 576)
+    # Every scored row loses floor(s·in): below the target by less than one weight per comparison group.
+    assert sidecar["sparsity"]["achieved"] <= 0.6
+
+    summary = json.loads((walk / "report.json").read_text())
+    said = next(row["report_nll"] for row in summary["table"] if row["method"] == "best found")
+    data = summary["config"]["data"]
+    arguments = ["--corpus", data["report"], "--context", data["context"], "--windows", data["report_windows"]]
+    done = run(command("evaluate", "--model", walk / "model", *arguments, "--json"))
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured["perplexity"] == pytest.approx(math.exp(said), rel=1e-3)
+    assert measured["nll"] == pytest.approx(said, rel=1e-5)
+
+
+def test_vllm_serves_the_checkpoint_to_the_openai_generator(walk):
+    """The pruned model behind vLLM's own server answers under the grammar; a wrong model or port is one clear line."""
+    with socket.socket() as probe_socket:
+        probe_socket.bind(("127.0.0.1", 0))
+        port = probe_socket.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/v1"
+    with pytest.raises(InputError, match="no answer from"):
+        OpenAIGenerator(url, "pruned")
+    vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(walk / "model")]
+    options = ["--served-model-name", "pruned", "--port", str(port), "--host", "127.0.0.1", "--max-model-len", "2048"]
+    log = (walk / "server.log").open("w")
+    server = subprocess.Popen(
+        [*vllm, *options, "--enforce-eager"],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                generator = OpenAIGenerator(url, "pruned")
+                break
+            except InputError:
+                assert server.poll() is None, (walk / "server.log").read_text()[-2000:]
+                assert time.monotonic() < deadline, "the server did not start"
+                time.sleep(1)
+        with pytest.raises(InputError, match="serves pruned"):
+            OpenAIGenerator(url, "prunde")
+        request = Request((("user", "Write a pruning algorithm."),), 4, 0.9, 400, answer_grammar())
+        (answers,) = generator.generate([request])
+        assert generator.grammar, "the server refused the grammar"
+        assert len(answers) == 4
+        finished = [answer for answer in answers if answer.finish_reason == "stop"]
+        for answer in finished:
+            assert isinstance(parse_answer(answer.text).algorithm, Algorithm)
+            probe(parse_answer(answer.text).algorithm, 0.6)
+        assert finished
+        generator.stop()
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def measured_keys(folder: Path) -> list[tuple[str, str]]:
+    return [(r["key"], r["split"]) for r in Journal(folder / "journal.jsonl").records if r["kind"] == "evaluation"]
+
+
+def test_a_killed_driver_resumes_without_measuring_twice(tmp_path):
+    """SIGKILL in generation 2, then --resume: the same lineage as undisturbed, each algorithm measured once."""
+    undisturbed = run(search_command("smoke.yaml", tmp_path, "name=whole"))
+    assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
+
+    folder = tmp_path / "killed"
+    # Ray's processes inherit the driver's environment: the folder in it marks them as this search's.
+    environment = os.environ | {"AUTOPRUNE_TEST": str(tmp_path)}
+    driver = subprocess.Popen(search_command("smoke.yaml", tmp_path, "name=killed"), cwd=ROOT, env=environment)
+    deadline = time.monotonic() + 300
+    while not (folder / "checkpoint" / "generation-0001").exists():
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert not (folder / "report.md").exists()
+    assert no_process_of(tmp_path), "an actor outlived its driver"
+
+    resumed = run(command("search", "--resume", folder))
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    keys = measured_keys(folder)
+    assert len(keys) == len(set(keys)), "a finished candidate was evaluated again"
+    assert sorted(keys) == sorted(measured_keys(tmp_path / "whole"))
+
+    def lineage(name: str) -> str:
+        text = (tmp_path / name / "lineage.json").read_text()
+        return [line for line in text.splitlines() if '"seconds"' not in line]
+
+    assert lineage("killed") == lineage("whole")
