@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from autoprune.actors.guard import guard_session
 from autoprune.actors.messages import Answer, Request
 from autoprune.models.errors import InputError
 
@@ -23,9 +24,12 @@ class VllmEngine:
 
     async def start(self, options: dict) -> None:
         """Load the model. options: keyword arguments of vLLM's AsyncEngineArgs."""
+        # Ray sets one thread for an actor that reserves no CPU; vLLM would bind itself to all cores but one.
+        os.environ |= {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        self.guard = guard_session()
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
         self.tokenizer = self.engine.get_tokenizer()
         self.served = 0

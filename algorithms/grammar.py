@@ -97,7 +97,7 @@ def _shared_rules(max_locals: int) -> Rules:
                 *("\ndef score(W, x_norm, x_mean, x_std):", Ref("body000m")),
             ),
         ),
-        "sentence": ((Prose(20, 160),),),
+        "sentence": ((Prose(20, 120),),),
         "group": (("row",), ("matrix",)),
         "tau": _choice(TAUS),
         "slack": _choice(SLACKS),

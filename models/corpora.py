@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from autoprune.models.bundled import CATALOGUE, fetch
+from autoprune.models.bundled import fetch
+from autoprune.models.catalogue import CATALOGUE
 from autoprune.models.errors import InputError
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ from safetensors import safe_open
 
 from autoprune import __version__
 from autoprune.algorithms.algorithm import Algorithm
-from autoprune.models.bundled import sha256_of
+from autoprune.models.catalogue import sha256_of
 from autoprune.models.errors import InputError
 
 SIDECAR = "autoprune.json"
 SIDECAR_SCHEMA = 1
+SPARE = 50_000_000  # bytes, for tokenizer, report and journal
 COPIED = (".json", ".txt", ".model", ".jinja")  # configuration and tokenizer files
 
 
@@ -30,6 +31,17 @@ def check_output(out: Path) -> None:
     parent = next(p for p in [out, *out.parents] if p.exists())
     if not os.access(parent, os.W_OK) or not parent.is_dir():
         raise InputError(f"cannot write to {parent}: choose an output folder that you may write to")
+
+
+def check_space(out: Path, size: int) -> None:
+    """InputError unless `size` bytes and some room to spare are free where `out` is to be."""
+    parent = next(p for p in [out, *out.parents] if p.exists())
+    free, needed = shutil.disk_usage(parent).free, size + SPARE
+    if free < needed:
+        raise InputError(
+            f"{parent} has {free / 1e6:,.0f} MB free and {needed / 1e6:,.0f} MB are needed: "
+            "free some space or choose another folder"
+        )
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autoprune.models.bundled import CATALOGUE, fetch
+from autoprune.models.bundled import fetch
+from autoprune.models.catalogue import CATALOGUE
 from autoprune.models.errors import InputError
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ import torch
 
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.allocation import allocate, check_allocation
+from autoprune.models.blocks import weight_files
 from autoprune.models.corpora import load_corpus, token_windows
 from autoprune.models.errors import InputError
-from autoprune.models.export import check_output, export
+from autoprune.models.export import check_output, check_space, export
 from autoprune.models.loading import load_config, load_tokenizer, resolve_model
 from autoprune.models.shard import ModelShard
 
@@ -111,6 +112,7 @@ def prune(
     check_output(out)
     text = load_corpus(calibration)
     folder = resolve_model(model)
+    check_space(out, sum(file.stat().st_size for file in set(weight_files(folder).values())))
     check_context(context, load_config(folder).max_position_embeddings, model)
     tokens = token_windows(text, load_tokenizer(folder), context, windows)
     progress(f"loading {model}")

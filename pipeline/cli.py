@@ -168,11 +168,16 @@ def _models_list(options: argparse.Namespace) -> None:
 
     from autoprune.models.bundled import available
 
-    table = Table("name", "kind", "download", "here", "licence", "origin")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for header in ("name", "kind", "download", "here", "licence"):
+        table.add_column(header, no_wrap=True)
     for entry in available():
         size = f"{entry.download_bytes / 1e6:,.0f} MB"
-        table.add_row(entry.name, entry.kind, size, "yes" if entry.on_disk() else "no", entry.licence, entry.origin)
-    Console().print(table)
+        table.add_row(entry.name, entry.kind, size, "yes" if entry.on_disk() else "no", entry.licence)
+    console = Console(highlight=False)
+    console.print(table)
+    for entry in available():
+        console.print(f"\n{entry.name}: {entry.origin}", markup=False, soft_wrap=True)
 
 
 def _models_fetch(options: argparse.Namespace) -> None:

@@ -20,8 +20,8 @@ Group: row (weights of one output compete) or matrix (all weights of the layer c
 Allocation: how the budget is spread over the blocks. tau: lower = more weight on skewed blocks; m: share of the \
 budget that follows skewness, 0 is uniform; depth: how much more early blocks keep than late ones.
 Answer in exactly this form:
-Diagnosis: <what limits the candidate, one sentence>
-Hypothesis: <what you change and why the error will fall, one sentence>
+Diagnosis: <what limits the candidate, at most 15 words>
+Hypothesis: <what you change and why the error will fall, at most 15 words>
 Group: row
 Allocation: sdsa tau=0.5 m=0.3 depth=0.2
 def score(W, x_norm, x_mean, x_std):
@@ -36,7 +36,8 @@ TASKS = {
     "crossover": "Task (crossover): join what works in step {focal} with what works in step {partner}.",
 }
 
-KNOWN_LIMIT = 12  # algorithms listed as written already; more would crowd out the reasoning
+PATH_LIMIT = 5  # ancestors told of, the nearest
+KNOWN_LIMIT = 10  # algorithms listed as written already; more would crowd out the reasoning
 
 
 def build_prompt(
@@ -48,14 +49,13 @@ def build_prompt(
     lines = [
         f"{sparsity:.0%} of the weights are pruned. Fitness: mean negative log-likelihood of the pruned model in nats "
         f"per token, lower is better; the dense model has {dense_nll:.3f}.",
+        "Measured so far, best first; do not write these again:",
+        # The same for every prompt of a generation, and therefore first: the server computes a common beginning once.
+        *(f"- {c.fitness:.3f}: {_one_line(c)}" for c in lineage.evaluated()[:KNOWN_LIMIT]),
         "",
-        "What was tried:",
+        "How we got here:",
     ]
     lines += [_step(lineage, candidate, numbers) for candidate in steps]
-    known = [c for c in lineage.evaluated() if c.id not in numbers][:KNOWN_LIMIT]
-    if known:
-        lines += ["", "Also measured, do not write these or the above again:"]
-        lines += [f"- {_one_line(c)} → {c.fitness:.3f}" for c in known]
     task = TASKS[operator].format(focal=numbers[parents[0]], partner=numbers[parents[-1]])
     lines += ["", task, "Give the diagnosis, the hypothesis, then the algorithm."]
     return (("system", SYSTEM), ("user", "\n".join(lines)))
@@ -64,7 +64,7 @@ def build_prompt(
 def _walk(lineage: Lineage, parents: tuple[str, ...]) -> list[Candidate]:
     """The candidates that the prompt speaks of, in proposal order, which is topological."""
     chosen = {}
-    for ancestor in lineage.ancestors_path(parents[0]):
+    for ancestor in lineage.ancestors_path(parents[0])[-PATH_LIMIT:]:
         chosen[ancestor.id] = ancestor
         measured = sorted(
             (c for c in lineage.children(ancestor.id) if c.status == "evaluated" and c.id not in parents),

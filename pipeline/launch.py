@@ -12,17 +12,19 @@ from pathlib import Path
 import torch
 
 from autoprune.actors.messages import Evaluation
+from autoprune.models.blocks import weight_files
 from autoprune.models.corpora import load_corpus, overlap, token_windows
 from autoprune.models.errors import InputError
+from autoprune.models.export import check_space
 from autoprune.models.loading import load_config as load_model_config
 from autoprune.models.loading import load_tokenizer, resolve_model
 from autoprune.models.pruning import check_context
-from autoprune.pipeline.checkpoint import write_atomic
+from autoprune.pipeline.checkpoint import Journal, load_checkpoint, write_atomic
 from autoprune.pipeline.config import Config, difference, load_config
 from autoprune.pipeline.population import seed
 from autoprune.pipeline.progress import ConsoleProgress
 from autoprune.pipeline.report import write_report
-from autoprune.pipeline.search import Search
+from autoprune.pipeline.search import CHECKPOINT, JOURNAL, Search
 
 CONFIG_FILE = "config.yaml"
 SPLITS = ("calibration", "fitness", "report")
@@ -62,6 +64,7 @@ def run_search(config: Config, resume: bool, progress: ConsoleProgress) -> Path:
         for name, text in texts.items()
     }
     writer = _prepare_generator(config)
+    check_space(folder, sum(file.stat().st_size for file in set(weight_files(target).values())))
     _open_folder(folder, config, resume)
     with _signals(), _ray():
         return _run(config, folder, target, windows, {n: t.sha256 for n, t in texts.items()}, writer, progress)
@@ -88,6 +91,9 @@ def _open_folder(folder: Path, config: Config, resume: bool) -> None:
         changed = difference(load_config(stored), config)
         if changed:
             raise InputError(f"the configuration of {folder} was changed ({'; '.join(changed)}): start another run")
+        # Damage is told now, not after minutes of loading models.
+        Journal(folder / JOURNAL)
+        load_checkpoint(folder / CHECKPOINT)
         return
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"run folder {folder} exists: add --resume {config.name} to go on, or choose another name")
@@ -180,11 +186,12 @@ def _run(
             progress.say(f"starting vLLM with {settings.model}")
             options = {"max_model_len": settings.max_model_len, "seed": config.seed, "enforce_eager": True}
             generator = VllmGenerator(writer, own, options | settings.engine, settings.kv_cache_gib)
-            generator.wait()
         else:
             generator = writer
         progress.say(f"starting {evaluators.replicas} × {evaluators.shards} evaluators for {config.target.model}")
         pool.start()
+        if settings.kind == "vllm":
+            generator.wait()  # it loaded while the evaluators measured the dense model
         progress.say(f"dense: {', '.join(f'{name} {e.nll:.4f}' for name, e in pool.dense.items())} nats per token")
         search = Search(config, folder, generator, pool, tracker, progress)
         search.run()

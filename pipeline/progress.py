@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
@@ -16,7 +17,7 @@ class ConsoleProgress:
         self._bar: Progress | None = None
 
     def say(self, text: str) -> None:
-        self.console.print(f"[dim]{datetime.now():%H:%M:%S}[/dim] ", text, sep="", markup=True, soft_wrap=True)
+        self.console.print(f"[dim]{datetime.now():%H:%M:%S}[/dim] ", escape(text), sep="", soft_wrap=True)
 
     def step(self, what: str, done: int, total: int) -> None:
         if not self.console.is_terminal:

@@ -236,3 +236,4 @@ def print_report(folder: Path, console: Console) -> None:
     places = {"Model": Path(summary["model"])} | {"Report": folder / "report.md", "Run": folder}
     for name, place in places.items():
         console.print(f"{name}: {place.resolve()}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"MLflow: {summary['mlflow']}", markup=False, highlight=False, soft_wrap=True)

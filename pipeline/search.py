@@ -8,6 +8,7 @@ search asks and measures nothing twice.
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from autoprune.pipeline.config import Config
 from autoprune.pipeline.gcot import build_prompt
 from autoprune.pipeline.lineage import Candidate, Lineage
 from autoprune.pipeline.population import choose_operator, choose_parents, seed
+
+JOURNAL, CHECKPOINT = "journal.jsonl", "checkpoint"  # in the run folder
 
 
 class Generator(Protocol):
@@ -86,7 +89,7 @@ class Search:
     spent: Spent = field(default_factory=Spent)
 
     def __post_init__(self) -> None:
-        self._journal = Journal(self.folder / "journal.jsonl")
+        self._journal = Journal(self.folder / JOURNAL)
         records = self._journal.records
         self._answers = {(r["generation"], r["round"]): r for r in records if r["kind"] == "answers"}
         self._measured = {(r["key"], r["split"]): r for r in records if r["kind"] == "evaluation"}
@@ -245,13 +248,27 @@ class Search:
             self.lineage.add(candidate)
             edges = [{"parent": parent, **self.lineage.edge(parent, candidate.id)} for parent in candidate.parents]
             self.tracker.candidate(candidate, edges)
+            if candidate.status in ("evaluated", "failed"):
+                self.progress.say(self._line(candidate, edges))
         self.tracker.generation(generation, self._metrics(candidates))
         self._save(generation)
+
+    def _line(self, candidate: Candidate, edges: list[dict]) -> str:
+        """One measured candidate, for people."""
+        if candidate.status == "failed":
+            return f"  {candidate.id}: {candidate.error}"
+        line = f"  {candidate.id}: fitness {candidate.fitness:.4f}, perplexity {math.exp(candidate.fitness):.2f}"
+        if edges and "effect" in edges[0]:
+            edge = edges[0]
+            line += f" ({candidate.operator} of {edge['parent']}: {edge['effect']:+.4f}, {edge['verdict']})"
+        return line + (" ← best" if candidate is self.lineage.evaluated()[0] else "")
 
     def _metrics(self, candidates: list[Candidate]) -> dict[str, float]:
         best = self.lineage.evaluated()
         counts = {status: sum(c.status == status for c in candidates) for status in ("invalid", "repeat", "evaluated")}
-        metrics = {"best_fitness_nll": best[0].fitness} if best else {}
+        metrics = {}
+        if best:
+            metrics = {"best_fitness_nll": best[0].fitness, "best_fitness_perplexity": math.exp(best[0].fitness)}
         return metrics | {name: float(value) for name, value in counts.items()}
 
     def spend(self) -> Spent:
@@ -265,12 +282,12 @@ class Search:
         self.spend()
         lineage = json.dumps(self.lineage.to_dict(), indent=1).encode()
         spent = json.dumps(asdict(self.spent)).encode()
-        save_checkpoint(self.folder / "checkpoint", generation, {"lineage.json": lineage, "spent.json": spent})
+        save_checkpoint(self.folder / CHECKPOINT, generation, {"lineage.json": lineage, "spent.json": spent})
         write_atomic(self.folder / "lineage.json", lineage)
 
     def _restore(self) -> None:
         """Take up the newest valid checkpoint; the journal then answers for what came after it."""
-        loaded = load_checkpoint(self.folder / "checkpoint")
+        loaded = load_checkpoint(self.folder / CHECKPOINT)
         if loaded is None:
             return
         for line in loaded.damaged:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from autoprune.models import bundled
-from autoprune.models.bundled import CATALOGUE, Bundled, Wheel, available, fetch
+from autoprune.models.bundled import available, fetch
+from autoprune.models.catalogue import CATALOGUE, Bundled, Wheel
 from autoprune.models.errors import InputError
 
 PAGE = "<page><title>{}</title><ns>0</ns>{}<revision><text>{}</text></revision></page>"

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from autoprune.models.bundled import CATALOGUE
+from autoprune.models.catalogue import CATALOGUE
 from autoprune.models.corpora import load_corpus, overlap, plain_text, token_windows
 from autoprune.models.errors import InputError
 

@@ -10,7 +10,7 @@ from conftest import save_tiny_model
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
-from autoprune.models.bundled import CATALOGUE
+from autoprune.models.catalogue import CATALOGUE
 from autoprune.models.corpora import load_corpus, token_windows
 from autoprune.models.errors import InputError
 from autoprune.models.loading import GGUF_BLOCK, convert_gguf, load_config, load_tokenizer, resolve_model
