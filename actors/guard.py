@@ -17,7 +17,10 @@ from pathlib import Path
 
 
 def guard_session() -> subprocess.Popen:
-    """Make the calling process a session leader and start its guard. Keep the result: closing its stdin is the signal."""
+    """Make the calling process a session leader and start its guard.
+
+    Keep the result: the guard acts when its stdin closes, at the latest when this process ends.
+    """
     with contextlib.suppress(PermissionError):  # it leads one already
         os.setsid()
     command = [sys.executable, "-S", __file__, str(os.getsid(0))]

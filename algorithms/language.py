@@ -153,17 +153,16 @@ def _allocation(line: str, default: Allocation) -> Allocation:
 
 
 def _function(text: str) -> tuple[str, bool]:
-    """The source of the first `def score`, and whether it runs to the end of the text."""
-    lines = text.splitlines()
-    first = next(i for i, line in enumerate(lines) if re.match(r"\s*def\s+score\b", line))
-    indent = len(lines[first]) - len(lines[first].lstrip())
+    """The source of the function that the text begins with, and whether it runs to the end of the text."""
+    lines = text.split("\n")
+    indent = len(lines[0]) - len(lines[0].lstrip())
     open_brackets = 0
-    for last, line in enumerate(lines[first:], first):
+    for last, line in enumerate(lines):
         outside = line.strip() and len(line) - len(line.lstrip()) <= indent and open_brackets <= 0
-        if last > first and (outside or line.lstrip().startswith("```")):
-            return textwrap.dedent("\n".join(lines[first:last])), False
+        if last > 0 and (outside or line.lstrip().startswith("```")):
+            return textwrap.dedent("\n".join(lines[:last])), False
         open_brackets += len(re.findall(r"[(\[{]", line)) - len(re.findall(r"[)\]}]", line))
-    return textwrap.dedent("\n".join(lines[first:])), True
+    return textwrap.dedent(text), True
 
 
 def parse_answer(text: str, group: str = "row", allocation: Allocation = SDSA) -> Proposal:
@@ -173,11 +172,12 @@ def parse_answer(text: str, group: str = "row", allocation: Allocation = SDSA) -
     what holds where the answer names none. Of several functions the first counts.
     Raises LanguageError where there is no function, where it was cut, or where it is outside the language.
     """
-    start = re.search(r"^\s*def\s+score\b", text, re.MULTILINE)
+    text = text.replace("\r\n", "\n")
+    start = re.search(r"^[ \t]*def[ \t]+score\b", text, re.MULTILINE)
     if start is None:
         raise LanguageError("the answer holds no line `def score(W, …):`; it was cut, or the function never written")
     head = text[: start.start()]
-    source, at_end = _function(text)
+    source, at_end = _function(text[start.start() :])
     try:
         program = parse(source)
     except LanguageError as error:

@@ -361,3 +361,12 @@ def test_thoughts_are_capped_and_printable():
     text = ANSWER.replace("Rows differ", "Rows\x1b[31m \u202ediffer\ud800 " + "x" * 1000)
     diagnosis = parse_answer(text).diagnosis
     assert len(diagnosis) == 400 and diagnosis.isprintable()
+
+
+@pytest.mark.parametrize(
+    "text", ["def\n score(W):\n    return W", "x\x0bdef score(W):\n    return W.abs()", "def score"]
+)
+def test_a_broken_definition_is_refused_in_one_line(text):
+    with pytest.raises(LanguageError) as refusal:
+        parse_answer(text)
+    assert "\n" not in str(refusal.value)
