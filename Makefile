@@ -6,25 +6,25 @@ PYTHON ?= python3.11
 VENV := .venv
 LOCK := deploy/locks/cpu.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+LOCKED := $(PIP) install --quiet --no-deps --no-compile --require-hashes
 # The stamp holds the hash of what the environment was made from, so a stale one is noticed whatever the clock says.
 STAMP := $(VENV)/.made-from
-WANTED = $(shell cat $(LOCK) setup.cfg | sha256sum | cut -d' ' -f1)
+WANTED = $(shell cat deploy/locks/*.txt setup.cfg | sha256sum | cut -d' ' -f1)
 
 .PHONY: setup demo smoke test lint lock clean
 
 setup:
 	@if [ "$$(cat $(STAMP) 2>/dev/null)" != "$(WANTED)" ]; then $(MAKE) --no-print-directory $(VENV); fi
 
-# --no-deps: the lock is complete, and leaves out what would break (see deploy/lock.py). Where the index gave a torch
-# build that needs its CUDA libraries, these are installed as well.
+# --no-deps: the locks are complete, and leave out what would break (see deploy/lock.py). Torch comes as the CPU build
+# where that can be had, otherwise as the index's own build with its CUDA libraries.
 $(VENV): FORCE
 	@command -v $(PYTHON) > /dev/null || { echo "make: no $(PYTHON): install CPython 3.11 or name it, PYTHON=…" >&2; exit 2; }
 	@echo "Setting up $(VENV) from $(LOCK): a few minutes."
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --quiet --no-deps --no-compile --require-hashes -r $(LOCK)
-	@$(VENV)/bin/python -c "import torch" 2> /dev/null || \
-		$(PIP) install --quiet --no-compile "$$(grep -o '^torch==[^ ]*' $(LOCK))"
+	@$(LOCKED) -r deploy/locks/torch-cpu.txt 2> /dev/null || $(LOCKED) -r deploy/locks/torch-indexed.txt
+	@$(LOCKED) -r $(LOCK)
 	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@echo "$(WANTED)" > $(STAMP)
 

