@@ -1,15 +1,17 @@
 # make demo    set up, search on real models, print the table
 # make test    set up, lint, run the tests
 # make lock    resolve the locks anew (deploy/lock.py)
+# TARGET=gpu with any of them takes the GPU lock.
 
 PYTHON ?= python3.11
 VENV := .venv
-LOCK := deploy/locks/cpu.txt
+TARGET ?= cpu
+LOCK := deploy/locks/$(TARGET).txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 LOCKED := $(PIP) install --quiet --no-deps --no-compile --require-hashes
 # The stamp holds the hash of what the environment was made from, so a stale one is noticed whatever the clock says.
 STAMP := $(VENV)/.made-from
-WANTED = $(shell cat deploy/locks/*.txt setup.cfg | sha256sum | cut -d' ' -f1)
+WANTED = $(shell echo $(TARGET) | cat - deploy/locks/*.txt setup.cfg | sha256sum | cut -d' ' -f1)
 
 .PHONY: setup demo smoke test lint lock clean
 
@@ -23,7 +25,9 @@ $(VENV): FORCE
 	@echo "Setting up $(VENV) from $(LOCK): a few minutes."
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
+ifeq ($(TARGET),cpu)
 	@$(LOCKED) -r deploy/locks/torch-cpu.txt 2> /dev/null || $(LOCKED) -r deploy/locks/torch-indexed.txt
+endif
 	@$(LOCKED) -r $(LOCK)
 	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@echo "$(WANTED)" > $(STAMP)
@@ -44,7 +48,7 @@ test: lint
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
 lock:
-	$(PYTHON) deploy/lock.py cpu
+	$(PYTHON) deploy/lock.py $(TARGET)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

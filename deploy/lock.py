@@ -45,12 +45,14 @@ def main(target: str) -> None:
     setup.read(ROOT / "setup.cfg")
     engine, *_ = setup["options.extras_require"][target].split()
     wanted = setup["options"]["install_requires"].split() + setup["options.extras_require"]["dev"].split()
-    items = report([engine], "--no-deps")
+    # A GPU needs the index's build of torch, whatever this machine's pip is set to find.
+    options = ["--isolated"] if target == "gpu" else []
+    items = report([engine], "--no-deps", *options)
     for requirement in items[0]["metadata"]["requires_dist"]:
         name = re.match(r"[\w.-]+", requirement)[0]
         if "extra ==" not in requirement and not (target == "cpu" and normal(name) in LEFT_OUT):
             wanted.append(requirement)
-    items += report(wanted)
+    items += report(wanted, *options)
     if target == "cpu":
         torch = next(item for item in items if item["metadata"]["name"] == "torch")
         items.remove(torch)
