@@ -11,16 +11,18 @@ from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.language import LanguageError
 from autoprune.algorithms.probe import probe
 from autoprune.algorithms.statistics import BlockProfile
+from autoprune.models.loading import resolve_model
 from autoprune.models.shard import ModelShard, ShardReport
 
 
 class EvaluatorShard:
     """Loads its own blocks from disk; only source text, small numbers and hidden states cross the wire."""
 
-    def __init__(self, folder: Path, start: int, stop: int, dtype: str, device: str, threads: int) -> None:
+    def __init__(self, model: str, start: int, stop: int, dtype: str, device: str, threads: int) -> None:
+        """model: a name that every node can resolve, so that each fetches what it lacks."""
         # Fixed, so that their number never changes a sum.
         torch.set_num_threads(threads)
-        self.shard = ModelShard(folder, start, stop, dtype, device)
+        self.shard = ModelShard(resolve_model(model), start, stop, dtype, device)
 
     def calibrate(self, states: torch.Tensor) -> torch.Tensor:
         return self.shard.calibrate(states)

@@ -14,6 +14,7 @@ from pathlib import Path
 from autoprune.actors.guard import guard_session
 from autoprune.actors.messages import Answer, Request
 from autoprune.models.errors import InputError
+from autoprune.models.loading import resolve_model
 
 ANSWER_SEPARATOR = "\n---\n"
 
@@ -23,14 +24,14 @@ class VllmEngine:
     together with chunked prefill kills vLLM's CPU engine, and the search's journal makes runs reproducible anyway."""
 
     async def start(self, options: dict) -> None:
-        """Load the model. options: keyword arguments of vLLM's AsyncEngineArgs."""
+        """Load the model. options: keyword arguments of vLLM's AsyncEngineArgs; a bundled model name is resolved."""
         # Ray sets one thread for an actor that reserves no CPU; vLLM would bind itself to all cores but one.
         os.environ |= {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self.guard = guard_session()
-        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options | {"model": str(resolve_model(options["model"]))}))
         self.tokenizer = self.engine.get_tokenizer()
         self.served = 0
 
@@ -67,8 +68,8 @@ class VllmEngine:
 class VllmGenerator:
     """Driver side of the vLLM actor."""
 
-    def __init__(self, folder: Path, resources, options: dict, kv_cache_gib: int) -> None:
-        """folder: the model; resources: ActorResources; options: further arguments of AsyncEngineArgs."""
+    def __init__(self, model: str, resources, options: dict, kv_cache_gib: int) -> None:
+        """model: a name that every node can resolve; resources: ActorResources; options: further arguments of AsyncEngineArgs."""
         import ray
 
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CONFIGURE_LOGGING": "1", "TQDM_DISABLE": "1"}
@@ -80,7 +81,7 @@ class VllmGenerator:
             num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, runtime_env={"env_vars": environment}
         )
         self._actor = actor.remote()
-        self._started = self._actor.start.remote({"model": str(folder), **options})
+        self._started = self._actor.start.remote({"model": model, **options})
 
     def wait(self) -> None:
         """Block until the engine serves. The engine loads while the caller does something else."""

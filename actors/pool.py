@@ -22,6 +22,7 @@ from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.allocation import allocate
 from autoprune.algorithms.statistics import BlockProfile
 from autoprune.models.export import export
+from autoprune.models.loading import resolve_model
 from autoprune.models.pruning import checkpoint_dtype
 from autoprune.models.shard import ShardReport
 
@@ -30,11 +31,11 @@ from autoprune.models.shard import ShardReport
 class PoolPlan:
     """What the pool measures and on how many actors.
 
-    splits: name → token windows, int64 [windows, L]; must have "calibration". deadline: seconds that a replica may
+    model: bundled name, folder that every node sees, or hub id. splits: name → token windows, int64 [windows, L]; must have "calibration". deadline: seconds that a replica may
     take for one candidate; attempts: how often a candidate may bring a replica down before it is given up.
     """
 
-    folder: Path
+    model: str
     blocks: int
     shards: int
     replicas: int
@@ -95,7 +96,7 @@ class EvaluatorPool:
         plan, resources = self.plan, self.plan.resources
         actor = ray.remote(EvaluatorShard).options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
         return [
-            actor.remote(plan.folder, start, stop, plan.dtype, resources.device, plan.threads)
+            actor.remote(plan.model, start, stop, plan.dtype, resources.device, plan.threads)
             for start, stop in self._bounds
         ]
 
@@ -223,7 +224,8 @@ class EvaluatorPool:
     def export(self, out: Path, algorithm: Algorithm, details: dict) -> dict:
         """Write the target, pruned by `algorithm`, to a folder: each shard writes its own part. Returns the sidecar."""
         sparsities, plan = self.sparsities(algorithm), self.plan
-        dtype = checkpoint_dtype(plan.folder)
+        source = resolve_model(plan.model)
+        dtype = checkpoint_dtype(source)
 
         def write(paths: list[Path]) -> list[dict[str, dict]]:
             return ray.get(
@@ -233,7 +235,7 @@ class EvaluatorPool:
                 ]
             )
 
-        return export(plan.folder, out, plan.shards, write, algorithm, plan.sparsity, sparsities, details)
+        return export(source, out, plan.shards, write, algorithm, plan.sparsity, sparsities, details)
 
     def stop(self) -> None:
         for replica in getattr(self, "_replicas", []):

@@ -71,7 +71,7 @@ def run_search(config: Config, resume: bool, progress: ConsoleProgress) -> Path:
 
 
 def _prepare_generator(config: Config):
-    """What can be settled before anything starts: the model's folder, or the generator itself."""
+    """The generator, or None where it is an actor that starts later and whose model has been found to exist."""
     from autoprune.actors.generator import OpenAIGenerator, ScriptedGenerator
 
     settings = config.generator
@@ -79,7 +79,8 @@ def _prepare_generator(config: Config):
         return OpenAIGenerator(settings.base_url, settings.model, settings.api_key_variable)
     if settings.kind == "scripted":
         return ScriptedGenerator(Path(settings.answers))
-    return resolve_model(settings.model)
+    resolve_model(settings.model)
+    return None
 
 
 def _open_folder(folder: Path, config: Config, resume: bool) -> None:
@@ -165,7 +166,7 @@ def _run(
     generator, status = None, "FAILED"
     pool = EvaluatorPool(
         PoolPlan(
-            folder=target,
+            model=config.target.model,
             blocks=load_model_config(target).num_hidden_layers,
             shards=evaluators.shards,
             replicas=evaluators.replicas,
@@ -185,7 +186,7 @@ def _run(
         if settings.kind == "vllm":
             progress.say(f"starting vLLM with {settings.model}")
             options = {"max_model_len": settings.max_model_len, "seed": config.seed, "enforce_eager": True}
-            generator = VllmGenerator(writer, own, options | settings.engine, settings.kv_cache_gib)
+            generator = VllmGenerator(settings.model, own, options | settings.engine, settings.kv_cache_gib)
         else:
             generator = writer
         progress.say(f"starting {evaluators.replicas} × {evaluators.shards} evaluators for {config.target.model}")

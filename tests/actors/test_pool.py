@@ -32,7 +32,7 @@ def start(tiny_model):
 
     def pool(**changes) -> EvaluatorPool:
         plan = PoolPlan(
-            folder=tiny_model,
+            model=str(tiny_model),
             blocks=4,
             shards=2,
             replicas=1,

@@ -30,7 +30,7 @@ class LocalEvaluator:
 
     def __init__(self, folder: Path, sparsity: float, die_after: int | None = None) -> None:
         generator = torch.Generator().manual_seed(0)
-        self._shard = EvaluatorShard(folder, 0, 4, "float32", "cpu", torch.get_num_threads())
+        self._shard = EvaluatorShard(str(folder), 0, 4, "float32", "cpu", torch.get_num_threads())
         self._splits = {s: torch.randint(0, 256, (4, 16), generator=generator) for s in ("fitness", "report")}
         self._shard.calibrate(torch.randint(0, 256, (4, 16), generator=generator))
         self._profiles = self._shard.profiles()
