@@ -31,7 +31,9 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self.guard = guard_session()
-        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options | {"model": str(resolve_model(options["model"]))}))
+        self.engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**options | {"model": str(resolve_model(options["model"]))})
+        )
         self.tokenizer = self.engine.get_tokenizer()
         self.served = 0
 
@@ -69,7 +71,7 @@ class VllmGenerator:
     """Driver side of the vLLM actor."""
 
     def __init__(self, model: str, resources, options: dict, kv_cache_gib: int) -> None:
-        """model: a name that every node can resolve; resources: ActorResources; options: further arguments of AsyncEngineArgs."""
+        """model: a name that every node can resolve. resources: ActorResources. options: further AsyncEngineArgs."""
         import ray
 
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CONFIGURE_LOGGING": "1", "TQDM_DISABLE": "1"}

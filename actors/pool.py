@@ -31,8 +31,9 @@ from autoprune.models.shard import ShardReport
 class PoolPlan:
     """What the pool measures and on how many actors.
 
-    model: bundled name, folder that every node sees, or hub id. splits: name → token windows, int64 [windows, L]; must have "calibration". deadline: seconds that a replica may
-    take for one candidate; attempts: how often a candidate may bring a replica down before it is given up.
+    model: bundled name, folder that every node sees, or hub id. splits: name → token windows, int64 [windows, L];
+    must have "calibration". deadline: seconds that a replica may take for one candidate; attempts: how often a
+    candidate may bring a replica down before it is given up.
     """
 
     model: str

@@ -41,6 +41,17 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def native_dtype(dtype: str) -> str:
+    """`dtype`, where "auto" stands for bfloat16 if this machine has instructions for it, else for float32."""
+    if dtype != "auto":
+        return dtype
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if native else "float32"
+
+
 def check_sparsity(sparsity: float) -> None:
     if not 0 < sparsity < 1:
         raise InputError(f"sparsity is {sparsity:g}: expected a number between 0 and 1, such as 0.6 for 60%")
@@ -67,6 +78,7 @@ def evaluate(
 
     Raises InputError for an unknown model or corpus, or a text shorter than one window.
     """
+    dtype = native_dtype(dtype)
     text = load_corpus(corpus)
     folder = resolve_model(model)
     check_context(context, load_config(folder).max_position_embeddings, model)
@@ -110,6 +122,7 @@ def prune(
     check_sparsity(sparsity)
     check_allocation(algorithm.allocation)
     check_output(out)
+    dtype = native_dtype(dtype)
     text = load_corpus(calibration)
     folder = resolve_model(model)
     check_space(out, sum(file.stat().st_size for file in set(weight_files(folder).values())))

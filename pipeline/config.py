@@ -14,14 +14,15 @@ import yaml
 from autoprune.models.errors import InputError
 
 GENERATOR_KINDS = ("vllm", "openai", "scripted")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Target:
     """The model to prune.
 
-    model: bundled name, local folder or hub id. dtype: what is computed in; the pruned checkpoint keeps its own.
+    model: bundled name, local folder or hub id. dtype: what is computed in; "auto" is bfloat16 where this machine
+    computes it natively, else float32. The pruned checkpoint keeps its own dtype.
     """
 
     model: str = "smollm2-135m-instruct"

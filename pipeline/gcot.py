@@ -31,8 +31,10 @@ def score(W, x_norm, x_mean, x_std):
 TASKS = {
     "explore": "Task (explore): write an algorithm of a different kind than every one above: other statistics, "
     "another normalisation, or another way to combine them.",
-    "mutate": "Task (mutate): change step {focal} in the one respect that the evidence says is worst, and keep the "
-    "rest. Changing the allocation counts.",
+    "mutate": "Task (mutate): change the score function of step {focal} in the one respect that the evidence says is "
+    "worst, and keep the rest.",
+    "mutate allocation": "Task (mutate): keep the score function of step {focal} and change its group or allocation, "
+    "so that the blocks with the most error keep more. Leave the function out of the answer.",
     "crossover": "Task (crossover): join what works in step {focal} with what works in step {partner}.",
 }
 
@@ -40,10 +42,8 @@ PATH_LIMIT = 5  # ancestors told of, the nearest
 KNOWN_LIMIT = 10  # algorithms listed as written already; more would crowd out the reasoning
 
 
-def build_prompt(
-    lineage: Lineage, operator: str, parents: tuple[str, ...], dense_nll: float, sparsity: float
-) -> Messages:
-    """The prompt for one operator application: (role, text) messages. A function of its arguments alone."""
+def build_prompt(lineage: Lineage, task: str, parents: tuple[str, ...], dense_nll: float, sparsity: float) -> Messages:
+    """The prompt for one of TASKS: (role, text) messages. A function of its arguments alone."""
     steps = _walk(lineage, parents)
     numbers = {candidate.id: number for number, candidate in enumerate(steps, start=1)}
     lines = [
@@ -56,8 +56,8 @@ def build_prompt(
         "How we got here:",
     ]
     lines += [_step(lineage, candidate, numbers) for candidate in steps]
-    task = TASKS[operator].format(focal=numbers[parents[0]], partner=numbers[parents[-1]])
-    lines += ["", task, "Give the diagnosis, the hypothesis, then the algorithm."]
+    asked = TASKS[task].format(focal=numbers[parents[0]], partner=numbers[parents[-1]])
+    lines += ["", asked, "Give the diagnosis, the hypothesis, then the algorithm."]
     return (("system", SYSTEM), ("user", "\n".join(lines)))
 
 

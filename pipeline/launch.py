@@ -7,6 +7,7 @@ import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from autoprune.models.errors import InputError
 from autoprune.models.export import check_space
 from autoprune.models.loading import load_config as load_model_config
 from autoprune.models.loading import load_tokenizer, resolve_model
-from autoprune.models.pruning import check_context
+from autoprune.models.pruning import check_context, native_dtype
 from autoprune.pipeline.checkpoint import Journal, load_checkpoint, write_atomic
 from autoprune.pipeline.config import Config, difference, load_config
 from autoprune.pipeline.population import seed
@@ -39,6 +40,7 @@ def run_search(config: Config, resume: bool, progress: ConsoleProgress) -> Path:
 
     Raises InputError for anything that cannot be used, before the run folder is made; Stopped after a signal.
     """
+    config = replace(config, target=replace(config.target, dtype=native_dtype(config.target.dtype)))
     for text in config.search.seeds:
         seed(text)
     splits = [(name, getattr(config.data, name)) for name in SPLITS]

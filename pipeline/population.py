@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
+import itertools
 import random
 from pathlib import Path
 
@@ -71,9 +73,16 @@ def elites(lineage: Lineage, count: int) -> list[Candidate]:
     return lineage.evaluated()[:count]
 
 
-def choose_operator(rng: random.Random, weights: dict[str, float]) -> str:
-    names = sorted(weights)
-    return rng.choices(names, [weights[name] for name in names])[0]
+def choose_operators(rng: random.Random, weights: dict[str, float], count: int) -> list[str]:
+    """Operators for `count` prompts, in proportion to their weights as nearly as so many allow.
+
+    One random offset decides all (systematic sampling), so a generation is not of one kind by chance.
+    """
+    names = sorted(name for name in weights if weights[name] > 0)
+    edges = list(itertools.accumulate(weights[name] for name in names))
+    offset = rng.random()
+    positions = ((index + offset) / count * edges[-1] for index in range(count))
+    return [names[min(bisect.bisect(edges, position), len(names) - 1)] for position in positions]
 
 
 def choose_parents(rng: random.Random, operator: str, lineage: Lineage, count: int) -> tuple[str, ...]:

@@ -23,9 +23,9 @@ from autoprune.algorithms.language import LanguageError, parse_answer
 from autoprune.models.errors import InputError
 from autoprune.pipeline.checkpoint import Journal, load_checkpoint, save_checkpoint, write_atomic
 from autoprune.pipeline.config import Config
-from autoprune.pipeline.gcot import build_prompt
+from autoprune.pipeline.gcot import Messages, build_prompt
 from autoprune.pipeline.lineage import Candidate, Lineage
-from autoprune.pipeline.population import choose_operator, choose_parents, seed
+from autoprune.pipeline.population import choose_operators, choose_parents, seed
 
 JOURNAL, CHECKPOINT = "journal.jsonl", "checkpoint"  # in the run folder
 
@@ -60,6 +60,16 @@ class Progress(Protocol):
     def say(self, text: str) -> None: ...
 
     def step(self, what: str, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One prompt. keeps_score: the answer names group and allocation only, the score function is the parent's."""
+
+    operator: str
+    parents: tuple[str, ...]
+    messages: Messages
+    keeps_score: bool
 
 
 @dataclass
@@ -135,14 +145,13 @@ class Search:
         """Ask until there are enough algorithms that nobody wrote before, or the rounds are used up."""
         plan, candidates, fresh = self.config.search, [], 0
         for round_ in range(plan.rounds):
-            slots = [self._slot(generation, round_, index) for index in range(plan.prompts)]
+            slots = self._slots(generation, round_)
             answers = self._ask(generation, round_, slots)
             written = []
-            for (operator, parents, messages), texts in zip(slots, answers, strict=True):
+            for slot, texts in zip(slots, answers, strict=True):
                 for answer in texts:
                     index = len(candidates) + len(written)
-                    name = f"g{generation:02d}-c{index:02d}"
-                    written.append(self._read(name, generation, operator, parents, messages, answer))
+                    written.append(self._read(f"g{generation:02d}-c{index:02d}", generation, slot, answer))
             self._probe(written, candidates)
             candidates += written
             fresh = sum(c.status == "proposed" for c in candidates)
@@ -151,15 +160,22 @@ class Search:
         self.progress.say(f"generation {generation}: {len(candidates)} answers, {fresh} new algorithms")
         return candidates
 
-    def _slot(self, generation: int, round_: int, index: int) -> tuple[str, tuple[str, ...], tuple]:
-        rng = random.Random(f"{self.config.seed}/{generation}/{round_}/{index}")
-        operator = choose_operator(rng, self.config.search.operators)
-        parents = choose_parents(rng, operator, self.lineage, self.config.search.elites)
-        dense = self.evaluator.dense["fitness"].nll
-        messages = build_prompt(self.lineage, operator, parents, dense, self.config.target.sparsity)
-        return operator, parents, messages
+    def _slots(self, generation: int, round_: int) -> list[Slot]:
+        """The prompts of one round: who are the parents, and what is asked."""
+        plan = self.config.search
+        rng = random.Random(f"{self.config.seed}/{generation}/{round_}")
+        slots = []
+        for operator in choose_operators(rng, plan.operators, plan.prompts):
+            parents = choose_parents(rng, operator, self.lineage, plan.elites)
+            # A mutation is of the score or of the allocation: which of the two made a difference is then known.
+            keeps_score = operator == "mutate" and rng.random() < 0.5
+            task = "mutate allocation" if keeps_score else operator
+            dense = self.evaluator.dense["fitness"].nll
+            messages = build_prompt(self.lineage, task, parents, dense, self.config.target.sparsity)
+            slots.append(Slot(operator, parents, messages, keeps_score))
+        return slots
 
-    def _ask(self, generation: int, round_: int, slots: list) -> list[list[Answer]]:
+    def _ask(self, generation: int, round_: int, slots: list[Slot]) -> list[list[Answer]]:
         """Answers per slot, from the journal where it has them."""
         record = self._answers.get((generation, round_))
         if record is None:
@@ -168,14 +184,14 @@ class Search:
             counts = [share + (index < extra) for index in range(plan.prompts)]
             requests = [
                 Request(
-                    messages,
+                    slot.messages,
                     n=count,
                     temperature=writer.temperature + writer.heat * round_,
                     max_tokens=writer.max_tokens,
-                    grammar=answer_grammar(),
+                    grammar=answer_grammar(with_score=not slot.keeps_score),
                     offset=self.spent.answers + sum(counts[:index]),
                 )
-                for index, ((_, _, messages), count) in enumerate(zip(slots, counts, strict=True))
+                for index, (slot, count) in enumerate(zip(slots, counts, strict=True))
             ]
             began = time.monotonic()
             answers = self.generator.generate(requests)
@@ -195,15 +211,16 @@ class Search:
             self.spent.completion_tokens += sum(answer.completion_tokens for answer in texts)
         return answers
 
-    def _read(
-        self, name: str, generation: int, operator: str, parents: tuple[str, ...], messages: tuple, answer: Answer
-    ) -> Candidate:
+    def _read(self, name: str, generation: int, slot: Slot, answer: Answer) -> Candidate:
         """An answer as a candidate; one that cannot be read is invalid, with the reason."""
-        prompt = "\n\n".join(f"[{role}]\n{text}" for role, text in messages)
-        candidate = Candidate(name, generation, operator, parents, prompt=prompt, answer=answer.text)
+        prompt = "\n\n".join(f"[{role}]\n{text}" for role, text in slot.messages)
+        candidate = Candidate(name, generation, slot.operator, slot.parents, prompt=prompt, answer=answer.text)
+        parent = self.lineage[slot.parents[0]].algorithm
+        text = answer.text
+        if slot.keeps_score:
+            text = f"{text.partition('def score')[0].rstrip()}\n{parent.score}"
         try:
-            parent = self.lineage[parents[0]].algorithm
-            proposal = parse_answer(answer.text, parent.group, parent.allocation)
+            proposal = parse_answer(text, parent.group, parent.allocation)
         except LanguageError as error:
             candidate.status, candidate.error = "invalid", str(error)
             return candidate
@@ -246,6 +263,7 @@ class Search:
             self.spent.evaluating += self._measured[candidate.algorithm.key, "fitness"]["seconds"]
         for candidate in candidates:
             self.lineage.add(candidate)
+        for candidate in candidates:
             edges = [{"parent": parent, **self.lineage.edge(parent, candidate.id)} for parent in candidate.parents]
             self.tracker.candidate(candidate, edges)
             if candidate.status in ("evaluated", "failed"):
