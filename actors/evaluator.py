@@ -47,5 +47,5 @@ class EvaluatorShard:
             return Probe(str(error))
         return Probe(None, result.mask, result.mask_hash)
 
-    def export(self, file: Path, dtype: str, algorithm: Algorithm, sparsities: list[float]) -> dict[str, dict]:
-        return self.shard.export(file, dtype, algorithm, sparsities)
+    def export(self, file: Path, algorithm: Algorithm, sparsities: list[float]) -> dict[str, dict]:
+        return self.shard.export(file, algorithm, sparsities)

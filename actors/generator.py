@@ -5,15 +5,14 @@ Each has `generate(requests) -> answers per request` and `stop()`.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from autoprune.actors.guard import guard_session
-from autoprune.actors.messages import Answer, Request
-from autoprune.models.errors import InputError
+from autoprune.actors.messages import Answer, Request, last_line
+from autoprune.models.errors import InputError, Lost
 from autoprune.models.loading import resolve_model
 
 ANSWER_SEPARATOR = "\n---\n"
@@ -63,9 +62,6 @@ class VllmEngine:
             for o in sorted(final.outputs, key=lambda o: o.index)
         ]
 
-    async def stop(self) -> None:
-        self.engine.shutdown()
-
 
 class VllmGenerator:
     """Driver side of the vLLM actor."""
@@ -74,6 +70,7 @@ class VllmGenerator:
         """model: a name that every node can resolve. resources: ActorResources. options: further AsyncEngineArgs."""
         import ray
 
+        self.model = model
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CONFIGURE_LOGGING": "1", "TQDM_DISABLE": "1"}
         if resources.device == "cpu":
             environment |= {"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}
@@ -86,21 +83,27 @@ class VllmGenerator:
         self._started = self._actor.start.remote({"model": model, **options})
 
     def wait(self) -> None:
-        """Block until the engine serves. The engine loads while the caller does something else."""
+        """Block until the engine serves. Raises InputError when it cannot serve the model with these options."""
         import ray
 
-        ray.get(self._started)
+        try:
+            ray.get(self._started)
+        except ray.exceptions.RayError as error:
+            raise InputError(f"vLLM cannot serve {self.model} ({last_line(error)}): check generator.*") from error
 
     def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
+        """Answers per request. Raises Lost when the engine died."""
         import ray
 
-        return ray.get(self._actor.generate.remote(list(requests)))
+        try:
+            return ray.get(self._actor.generate.remote(list(requests)))
+        except ray.exceptions.RayError as error:
+            raise Lost(f"vLLM stopped serving {self.model} ({last_line(error)})") from error
 
     def stop(self) -> None:
+        """End the actor; its guard ends the engine's processes."""
         import ray
 
-        with contextlib.suppress(Exception):  # the engine is gone or hangs: the actor is killed either way
-            ray.get(self._actor.stop.remote(), timeout=20)
         ray.kill(self._actor)
 
 
@@ -134,21 +137,16 @@ class OpenAIGenerator:
             return list(threads.map(self._complete, requests))
 
     def _complete(self, request: Request) -> list[Answer]:
-        structured = {"structured_outputs": {"grammar": request.grammar}} if request.grammar and self.grammar else {}
         try:
-            completion = self._client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": role, "content": text} for role, text in request.messages],
-                n=request.n,
-                temperature=request.temperature,
-                max_tokens=request.max_tokens,
-                extra_body=structured or None,
-            )
-        except (self._openai.BadRequestError, self._openai.UnprocessableEntityError):
-            if not structured:
-                raise
-            self.grammar = False
-            return self._complete(request)
+            completion = self._ask(request, with_grammar=self.grammar)
+        except (self._openai.BadRequestError, self._openai.UnprocessableEntityError) as refusal:
+            try:
+                completion = self._ask(request, with_grammar=False)
+            except self._openai.APIStatusError:
+                raise Lost(f"{self._client.base_url} refuses the request: {last_line(refusal)}") from refusal
+            self.grammar = False  # it was the grammar: the validator alone decides from here on
+        except self._openai.OpenAIError as error:
+            raise Lost(f"{self._client.base_url} does not answer any more: {last_line(error)}") from error
         usage = completion.usage
         # Servers count a request's tokens together; each of its answers gets an equal share of them.
         share = usage.completion_tokens // max(1, len(completion.choices)) if usage else 0
@@ -156,6 +154,17 @@ class OpenAIGenerator:
             Answer(c.message.content or "", usage.prompt_tokens if usage else 0, share, c.finish_reason or "stop")
             for c in completion.choices
         ]
+
+    def _ask(self, request: Request, with_grammar: bool):
+        structured = {"structured_outputs": {"grammar": request.grammar}} if request.grammar and with_grammar else None
+        return self._client.chat.completions.create(
+            model=self.model,
+            messages=[{"role": role, "content": text} for role, text in request.messages],
+            n=request.n,
+            temperature=request.temperature,
+            max_tokens=request.max_tokens,
+            extra_body=structured,
+        )
 
     def stop(self) -> None:
         self._client.close()

@@ -16,13 +16,16 @@ import time
 from pathlib import Path
 
 
-def guard_session() -> subprocess.Popen:
+def guard_session() -> subprocess.Popen | None:
     """Make the calling process a session leader and start its guard.
 
-    Keep the result: the guard acts when its stdin closes, at the latest when this process ends.
+    Keep the result: the guard acts when its stdin closes, at the latest when this process ends. None where the process
+    can lead no session: killing somebody else's would be worse than leaving a process behind.
     """
-    with contextlib.suppress(PermissionError):  # it leads one already
+    with contextlib.suppress(PermissionError):  # it leads a session, or a group of processes in another's
         os.setsid()
+    if os.getsid(0) != os.getpid():
+        return None
     command = [sys.executable, "-S", __file__, str(os.getsid(0))]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 

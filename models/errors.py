@@ -1,5 +1,9 @@
-"""Errors that mean "what you gave cannot be used": one clear line for a person, exit code 2 of the command."""
+"""Errors for people: one line each, no traceback."""
 
 
 class InputError(ValueError):
-    """What was wrong, what was expected and what to do, in one line."""
+    """What you gave cannot be used: what was wrong, what was expected, what to do. Exit code 2 of the command."""
+
+
+class Lost(RuntimeError):
+    """Something that the search stands on went away; the run folder is whole and can be resumed. Exit code 1."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from autoprune import __version__
 from autoprune.algorithms.algorithm import Algorithm
@@ -39,7 +39,7 @@ def check_space(out: Path, size: int) -> None:
     free, needed = shutil.disk_usage(parent).free, size + SPARE
     if free < needed:
         raise InputError(
-            f"{parent} has {free / 1e6:,.0f} MB free and {needed / 1e6:,.0f} MB are needed: "
+            f"for {out}, {parent} has {free / 1e6:,.0f} MB free and {needed / 1e6:,.0f} MB are needed: "
             "free some space or choose another folder"
         )
 
@@ -59,10 +59,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rmdir()
         os.replace(temporary, out)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise InputError(f"writing {out} failed: {error.strerror}; nothing was left behind") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"writing {out} failed: {reason}; nothing was left behind") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

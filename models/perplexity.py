@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
+
+
+def perplexity(nll: float) -> float:
+    """exp(nll), infinite where that is too large for a number."""
+    return math.exp(nll) if nll < 700 else math.inf
 
 
 def window_nlls(hidden: torch.Tensor, tokens: torch.Tensor, norm: nn.Module, head: nn.Module) -> list[float]:

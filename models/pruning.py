@@ -11,11 +11,14 @@ import torch
 
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.allocation import allocate, check_allocation
-from autoprune.models.blocks import weight_files
+from autoprune.algorithms.language import LanguageError
+from autoprune.algorithms.probe import probe
+from autoprune.models.blocks import check_family, weight_files
 from autoprune.models.corpora import load_corpus, token_windows
 from autoprune.models.errors import InputError
 from autoprune.models.export import check_output, check_space, export
 from autoprune.models.loading import load_config, load_tokenizer, resolve_model
+from autoprune.models.perplexity import perplexity
 from autoprune.models.shard import ModelShard
 
 Progress = Callable[[str], None]
@@ -34,7 +37,7 @@ class Perplexity:
     dtype: str
     nll: float
     perplexity: float
-    standard_error: float
+    standard_error: float | None
 
 
 def default_device() -> str:
@@ -57,9 +60,18 @@ def check_sparsity(sparsity: float) -> None:
         raise InputError(f"sparsity is {sparsity:g}: expected a number between 0 and 1, such as 0.6 for 60%")
 
 
-def check_context(context: int, limit: int, what: str) -> None:
-    if not 2 <= context <= limit:
-        raise InputError(f"context is {context}: expected 2 to {limit}, which is what {what} was made for")
+def check_windows(windows: int | None) -> None:
+    if windows is not None and windows < 1:
+        raise InputError(f"windows is {windows}: expected 1 or more, or none for all of the text")
+
+
+def check_model(folder: Path, name: str, context: int) -> None:
+    """InputError for a model of another family, or a context that it was not made for."""
+    config = load_config(folder)
+    check_family(config, name)
+    if not 2 <= context <= config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise InputError(f"context is {context}: expected 2 to {limit}, which is what {name} was made for")
 
 
 def _whole_model(folder: Path, dtype: str, device: str | None) -> ModelShard:
@@ -79,9 +91,10 @@ def evaluate(
     Raises InputError for an unknown model or corpus, or a text shorter than one window.
     """
     dtype = native_dtype(dtype)
+    check_windows(windows)
     text = load_corpus(corpus)
     folder = resolve_model(model)
-    check_context(context, load_config(folder).max_position_embeddings, model)
+    check_model(folder, model, context)
     tokens = token_windows(text, load_tokenizer(folder), context, windows)
     shard = _whole_model(folder, dtype, device)
     _, report = shard.forward("evaluate", tokens, tokens)
@@ -96,8 +109,8 @@ def evaluate(
         tokens=len(tokens) * (context - 1),
         dtype=dtype,
         nll=nll,
-        perplexity=math.exp(nll),
-        standard_error=float(nlls.std() / math.sqrt(len(tokens))) if len(tokens) > 1 else math.inf,
+        perplexity=perplexity(nll),
+        standard_error=float(nlls.std() / math.sqrt(len(tokens))) if len(tokens) > 1 else None,
     )
 
 
@@ -122,11 +135,16 @@ def prune(
     check_sparsity(sparsity)
     check_allocation(algorithm.allocation)
     check_output(out)
+    check_windows(windows)
+    try:
+        probe(algorithm, sparsity)
+    except LanguageError as error:
+        raise InputError(f"the score function cannot be used: {error}") from None
     dtype = native_dtype(dtype)
     text = load_corpus(calibration)
     folder = resolve_model(model)
     check_space(out, sum(file.stat().st_size for file in set(weight_files(folder).values())))
-    check_context(context, load_config(folder).max_position_embeddings, model)
+    check_model(folder, model, context)
     tokens = token_windows(text, load_tokenizer(folder), context, windows)
     progress(f"loading {model}")
     shard = _whole_model(folder, dtype, device)
@@ -143,11 +161,6 @@ def prune(
     }
 
     def write(paths: list[Path]) -> list[dict[str, dict]]:
-        return [shard.export(paths[0], checkpoint_dtype(folder), algorithm, sparsities)]
+        return [shard.export(paths[0], algorithm, sparsities)]
 
     return export(folder, out, 1, write, algorithm, sparsity, sparsities, details)
-
-
-def checkpoint_dtype(folder: Path) -> str:
-    """The dtype that the checkpoint declares, such as "bfloat16"; float32 where it declares none."""
-    return str(load_config(folder).dtype or torch.float32).removeprefix("torch.")

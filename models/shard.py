@@ -13,7 +13,7 @@ from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.language import Program, parse
 from autoprune.algorithms.statistics import BlockProfile, InputMoments, block_profile
 from autoprune.kernels.masks import matrix_mask, row_mask
-from autoprune.models.blocks import DecoderRange, prunable
+from autoprune.models.blocks import DecoderRange, prunable, read_tensors
 from autoprune.models.calibration import input_moments
 from autoprune.models.perplexity import window_nlls
 
@@ -63,7 +63,7 @@ class ModelShard:
         self._checksum = self.checksum()
 
     def checksum(self) -> int:
-        """Sum of the bits of all prunable weights: changes when any of them does."""
+        """Sum of the bits of all prunable weights: a write that forgets to restore one does not leave it as it was."""
         views = {2: torch.int16, 4: torch.int32}
         weights = [layer.weight for layers in self.layers for layer in layers.values()]
         return sum(int(w.view(views[w.element_size()]).sum(dtype=torch.int64)) for w in weights)
@@ -141,38 +141,21 @@ class ModelShard:
         return hidden.cpu(), report
 
     @torch.inference_mode()
-    def export(self, file: Path, dtype: str, algorithm: Algorithm, sparsities: list[float]) -> dict[str, dict]:
-        """Write this shard's tensors, pruned, as one safetensors file. Returns per layer: numel and pruned weights."""
+    def export(self, file: Path, algorithm: Algorithm, sparsities: list[float]) -> dict[str, dict]:
+        """Write this shard's tensors as one safetensors file: as they are on disk, in their dtype, with the pruned
+        weights set to zero. Returns per layer: numel and pruned weights."""
         program = parse(algorithm.score)
         layers_report = {}
-        state = self._checkpoint_tensors()
+        tensors = read_tensors(self.model.folder, self.model.own_names)
         for index, layers in enumerate(self.layers):
             for name, layer in layers.items():
                 moments = self.moments[index][name]
-                mask = layer_mask(program, algorithm.group, sparsities[index], layer.weight.data, moments)
+                mask = layer_mask(program, algorithm.group, sparsities[index], layer.weight.data, moments).cpu()
                 full_name = f"{self.model.block_prefix}.{self.model.start + index}.{name}"
-                state[f"{full_name}.weight"] = layer.weight.data * mask
+                tensors[f"{full_name}.weight"] = tensors[f"{full_name}.weight"] * mask
                 layers_report[full_name] = {"numel": mask.numel(), "pruned": mask.numel() - int(mask.sum())}
-        tensors = {name: tensor.to(getattr(torch, dtype)).contiguous().cpu() for name, tensor in state.items()}
         save_file(tensors, file, metadata={"format": "pt"})
         return layers_report
-
-    def _checkpoint_tensors(self) -> dict[str, torch.Tensor]:
-        """The shard's tensors under the names that the checkpoint gives them; a tied head is written once."""
-        model = self.model
-        prefix = model.block_prefix.rsplit(".", 1)[0]
-        tensors = {
-            f"{model.block_prefix}.{model.start + index}.{name}": tensor
-            for index, block in enumerate(model.blocks)
-            for name, tensor in block.state_dict().items()
-        }
-        if model.first:
-            tensors[f"{prefix}.embed_tokens.weight"] = model.embedding.weight
-        if model.last:
-            tensors[f"{prefix}.norm.weight"] = model.norm.weight
-            if not model.config.tie_word_embeddings:
-                tensors["lm_head.weight"] = model.head.weight
-        return tensors
 
     def _enter(self, states: torch.Tensor) -> torch.Tensor:
         states = states.to(self.device)

@@ -14,10 +14,13 @@ from pathlib import Path
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    from autoprune.models.errors import InputError
+    from autoprune.models.errors import InputError, Lost
 
     try:
         return options.run(options) or 0
+    except Lost as error:
+        print(f"autoprune: {error}", file=sys.stderr)
+        return 1
     except InputError as error:
         print(f"autoprune: {error}", file=sys.stderr)
         return 2
@@ -84,9 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="bundled name, local folder or hub id")
-    parser.add_argument(
-        "--dtype", default="float32", choices=("auto", "float32", "bfloat16", "float16"), help="to compute in"
-    )
+    parser.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16", "float16"))
 
 
 def _run_folder(name: str) -> Path:
@@ -100,14 +101,14 @@ def _run_folder(name: str) -> Path:
 
 
 def _search(options: argparse.Namespace) -> int:
-    from autoprune.models.errors import InputError
+    from autoprune.models.errors import InputError, Lost
     from autoprune.pipeline.config import load_config
 
     if options.resume:
-        folder = _run_folder(options.resume)
-        config = load_config(options.config or folder / "config.yaml", options.set)
-        if config.folder.resolve() != folder.resolve():
-            raise InputError(f"--resume {options.resume} is {folder}, but the configuration names {config.folder}")
+        # The run may have been moved, or be named from another folder: it is where it was found.
+        folder = _run_folder(options.resume).resolve()
+        place = [f"name={folder.name}", f"runs={folder.parent}"]
+        config = load_config(options.config or folder / "config.yaml", [*options.set, *place])
     elif options.config is None:
         raise InputError("nothing to search: give a CONFIG.yaml, such as configs/demo.yaml, or --resume RUN")
     else:
@@ -119,6 +120,8 @@ def _search(options: argparse.Namespace) -> int:
     progress = ConsoleProgress()
     try:
         folder = run_search(config, bool(options.resume), progress)
+    except Lost as error:
+        raise Lost(f"{error}; go on with: autoprune search --resume {config.folder}") from error
     except Stopped as stopped:
         progress.say(f"stopped by {stopped}; go on with: autoprune search --resume {config.folder}")
         return 143 if str(stopped) == "SIGTERM" else 130
@@ -185,7 +188,7 @@ def _models_list(options: argparse.Namespace) -> None:
 def _models_fetch(options: argparse.Namespace) -> None:
     from autoprune.models.bundled import fetch
 
-    print(fetch(options.name))
+    print(fetch(options.name, check_hashes=True))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -146,8 +146,8 @@ def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file and apply `key.subkey=value` overrides. Raises InputError, one line, for anything unusable."""
     try:
         data = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise InputError(f"cannot read configuration {path}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read configuration {path}: {getattr(error, 'strerror', 'it is not text')}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
@@ -158,7 +158,10 @@ def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise InputError(f"--set {override}: expected key=value, such as --set target.sparsity=0.5")
-        _set(data, key.split("."), yaml.safe_load(value))
+        try:
+            _set(data, key.split("."), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise InputError(f"--set {override}: {value!r} is not a YAML value; check brackets and quotes") from None
     config = _build(Config, data, "")
     check_config(config)
     return config

@@ -19,7 +19,7 @@ W: weights [out, in]. x_norm, x_mean, x_std: root mean square, mean and standard
 Group: row (weights of one output compete) or matrix (all weights of the layer compete).
 Allocation: how the budget is spread over the blocks. tau: lower = more weight on skewed blocks; m: share of the \
 budget that follows skewness, 0 is uniform; depth: how much more early blocks keep than late ones.
-Answer in exactly this form:
+Answer in exactly this form, without what the task tells you to leave out:
 Diagnosis: <what limits the candidate, at most 15 words>
 Hypothesis: <what you change and why the error will fall, at most 15 words>
 Group: row
@@ -42,23 +42,31 @@ PATH_LIMIT = 5  # ancestors told of, the nearest
 KNOWN_LIMIT = 10  # algorithms listed as written already; more would crowd out the reasoning
 
 
-def build_prompt(lineage: Lineage, task: str, parents: tuple[str, ...], dense_nll: float, sparsity: float) -> Messages:
-    """The prompt for one of TASKS: (role, text) messages. A function of its arguments alone."""
-    steps = _walk(lineage, parents)
-    numbers = {candidate.id: number for number, candidate in enumerate(steps, start=1)}
-    lines = [
+def build_prompt(
+    lineage: Lineage, task: str, parents: tuple[str, ...], dense_nll: float, sparsity: float, limit: int
+) -> Messages:
+    """The prompt for one of TASKS: (role, text) messages of at most `limit` characters, of which the oldest evidence
+    is dropped first, but never the parents. A function of its arguments alone."""
+    head = [
         f"{sparsity:.0%} of the weights are pruned. Fitness: mean negative log-likelihood of the pruned model in nats "
         f"per token, lower is better; the dense model has {dense_nll:.3f}.",
+        "",
         "Measured so far, best first; do not write these again:",
         # The same for every prompt of a generation, and therefore first: the server computes a common beginning once.
         *(f"- {c.fitness:.3f}: {_one_line(c)}" for c in lineage.evaluated()[:KNOWN_LIMIT]),
         "",
         "How we got here:",
     ]
-    lines += [_step(lineage, candidate, numbers) for candidate in steps]
-    asked = TASKS[task].format(focal=numbers[parents[0]], partner=numbers[parents[-1]])
-    lines += ["", asked, "Give the diagnosis, the hypothesis, then the algorithm."]
-    return (("system", SYSTEM), ("user", "\n".join(lines)))
+    steps = _walk(lineage, parents)
+    while True:
+        numbers = {candidate.id: number for number, candidate in enumerate(steps, start=1)}
+        asked = TASKS[task].format(focal=numbers[parents[0]], partner=numbers[parents[-1]])
+        chain = [_step(lineage, candidate, numbers) for candidate in steps]
+        user = "\n".join([*head, *chain, "", asked, "Give the diagnosis, the hypothesis, then the algorithm."])
+        oldest = next((candidate for candidate in steps if candidate.id not in parents), None)
+        if len(SYSTEM) + len(user) <= limit or oldest is None:
+            return (("system", SYSTEM), ("user", user))
+        steps.remove(oldest)
 
 
 def _walk(lineage: Lineage, parents: tuple[str, ...]) -> list[Candidate]:

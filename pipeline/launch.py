@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,14 +16,16 @@ import torch
 
 from autoprune.actors.messages import Evaluation
 from autoprune.models.blocks import weight_files
+from autoprune.models.catalogue import CATALOGUE
 from autoprune.models.corpora import load_corpus, overlap, token_windows
 from autoprune.models.errors import InputError
 from autoprune.models.export import check_space
 from autoprune.models.loading import load_config as load_model_config
 from autoprune.models.loading import load_tokenizer, resolve_model
-from autoprune.models.pruning import check_context, native_dtype
+from autoprune.models.pruning import check_model, native_dtype
 from autoprune.pipeline.checkpoint import Journal, load_checkpoint, write_atomic
 from autoprune.pipeline.config import Config, difference, load_config
+from autoprune.pipeline.lineage import STATUSES
 from autoprune.pipeline.population import seed
 from autoprune.pipeline.progress import ConsoleProgress
 from autoprune.pipeline.report import write_report
@@ -38,9 +42,11 @@ class Stopped(BaseException):
 def run_search(config: Config, resume: bool, progress: ConsoleProgress) -> Path:
     """Search, export the best, report. Returns the run folder.
 
-    Raises InputError for anything that cannot be used, before the run folder is made; Stopped after a signal.
+    Raises InputError for anything that cannot be used, and leaves no run folder then; Stopped after a signal; Lost
+    when something that the search stands on went away.
     """
-    config = replace(config, target=replace(config.target, dtype=native_dtype(config.target.dtype)))
+    began = time.monotonic()
+    config = _settled(config)
     for text in config.search.seeds:
         seed(text)
     splits = [(name, getattr(config.data, name)) for name in SPLITS]
@@ -48,28 +54,52 @@ def run_search(config: Config, resume: bool, progress: ConsoleProgress) -> Path:
         for other, other_spec in splits[:index]:
             if overlap(spec, other_spec):
                 raise InputError(
-                    f"data.{name} ({spec}) overlaps data.{other} ({other_spec}): give them different documents"
+                    f"data.{name} ({spec}) overlaps data.{other} ({other_spec}): give them different texts"
                 )
-    folder = config.folder.resolve()
+    folder = config.folder
     texts = {name: load_corpus(spec) for name, spec in splits}
     target = resolve_model(config.target.model)
-    model_config = load_model_config(target)
-    check_context(config.data.context, model_config.max_position_embeddings, config.target.model)
-    if config.evaluators.shards > model_config.num_hidden_layers:
+    check_model(target, config.target.model, config.data.context)
+    blocks = load_model_config(target).num_hidden_layers
+    if config.evaluators.shards > blocks:
+        shards = config.evaluators.shards
         raise InputError(
-            f"evaluators.shards is {config.evaluators.shards}: {config.target.model} has "
-            f"{model_config.num_hidden_layers} blocks, expected at most that many"
+            f"evaluators.shards is {shards}: expected at most {blocks}, the blocks of {config.target.model}"
         )
     tokenizer = load_tokenizer(target)
     windows = {
         name: token_windows(text, tokenizer, config.data.context, getattr(config.data, f"{name}_windows"))
         for name, text in texts.items()
     }
-    writer = _prepare_generator(config)
+    generator = _prepare_generator(config)
     check_space(folder, sum(file.stat().st_size for file in set(weight_files(target).values())))
     _open_folder(folder, config, resume)
-    with _signals(), _ray():
-        return _run(config, folder, target, windows, {n: t.sha256 for n, t in texts.items()}, writer, progress)
+    hashes = {name: text.sha256 for name, text in texts.items()}
+    try:
+        # Ray sets a handler of its own for SIGTERM, so ours comes after it.
+        with _ray(), _signals():
+            return _run(config, folder, blocks, windows, hashes, generator, progress, began)
+    except InputError:
+        if not resume and not (folder / JOURNAL).exists():
+            shutil.rmtree(folder)
+        raise
+
+
+def _settled(config: Config) -> Config:
+    """The configuration with what depends on this machine and this folder decided, so that it can be resumed later."""
+    target = replace(config.target, dtype=native_dtype(config.target.dtype), model=_absolute(config.target.model))
+    writer = config.generator
+    writer = replace(writer, model=_absolute(writer.model), answers=_absolute(writer.answers))
+    data = replace(config.data, **{name: _absolute(getattr(config.data, name)) for name in SPLITS})
+    return replace(config, runs=str(Path(config.runs).resolve()), target=target, generator=writer, data=data)
+
+
+def _absolute(name: str) -> str:
+    """A path that exists here as an absolute one; any other name, and the slice after a path, as they are."""
+    path, bracket, rest = name.partition("[")
+    if path in CATALOGUE:
+        return name
+    return f"{Path(path).resolve()}{bracket}{rest}" if path and Path(path).exists() else name
 
 
 def _prepare_generator(config: Config):
@@ -91,7 +121,7 @@ def _open_folder(folder: Path, config: Config, resume: bool) -> None:
     if resume:
         if not stored.exists():
             raise InputError(f"no run to resume in {folder}: expected {CONFIG_FILE} there")
-        changed = difference(load_config(stored), config)
+        changed = difference(replace(load_config(stored), name=config.name, runs=config.runs), config)
         if changed:
             raise InputError(f"the configuration of {folder} was changed ({'; '.join(changed)}): start another run")
         # Damage is told now, not after minutes of loading models.
@@ -149,11 +179,12 @@ def _ray() -> Iterator[None]:
 def _run(
     config: Config,
     folder: Path,
-    target: Path,
+    blocks: int,
     windows: dict[str, torch.Tensor],
     hashes: dict[str, str],
-    writer,
+    generator,
     progress: ConsoleProgress,
+    began: float,
 ) -> Path:
     from autoprune.actors.generator import VllmGenerator
     from autoprune.actors.placement import plan_resources
@@ -161,27 +192,25 @@ def _run(
     from autoprune.pipeline.tracking import MlflowTracker
 
     settings, evaluators = config.generator, config.evaluators
-    own, shared = plan_resources(evaluators.shards, evaluators.replicas, evaluators.threads)
     uri = config.tracking.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
     tracker = MlflowTracker(uri, config.tracking.experiment, config.name, folder)
     tracker.start(config.to_dict())
-    generator, status = None, "FAILED"
-    pool = EvaluatorPool(
-        PoolPlan(
-            model=config.target.model,
-            blocks=load_model_config(target).num_hidden_layers,
-            shards=evaluators.shards,
-            replicas=evaluators.replicas,
-            threads=evaluators.threads,
-            dtype=config.target.dtype,
-            sparsity=config.target.sparsity,
-            splits=windows,
-            deadline=evaluators.deadline,
-            attempts=evaluators.attempts,
-            resources=shared,
-        ),
-        progress.say,
+    own, shared = plan_resources(evaluators.shards, evaluators.replicas, evaluators.threads)
+    status = "FAILED"
+    plan = PoolPlan(
+        model=config.target.model,
+        blocks=blocks,
+        shards=evaluators.shards,
+        replicas=evaluators.replicas,
+        threads=evaluators.threads,
+        dtype=config.target.dtype,
+        sparsity=config.target.sparsity,
+        splits=windows,
+        deadline=evaluators.deadline,
+        attempts=evaluators.attempts,
+        resources=shared,
     )
+    pool = EvaluatorPool(plan, progress.say)
     artifacts: list[Path] = []
     metrics: dict[str, float] = {}
     try:
@@ -189,14 +218,12 @@ def _run(
             progress.say(f"starting vLLM with {settings.model}")
             options = {"max_model_len": settings.max_model_len, "seed": config.seed, "enforce_eager": True}
             generator = VllmGenerator(settings.model, own, options | settings.engine, settings.kv_cache_gib)
-        else:
-            generator = writer
         progress.say(f"starting {evaluators.replicas} × {evaluators.shards} evaluators for {config.target.model}")
         pool.start()
         if settings.kind == "vllm":
             generator.wait()  # it loaded while the evaluators measured the dense model
         progress.say(f"dense: {', '.join(f'{name} {e.nll:.4f}' for name, e in pool.dense.items())} nats per token")
-        search = Search(config, folder, generator, pool, tracker, progress)
+        search = Search(config, folder, generator, pool, tracker, progress, began)
         search.run()
         artifacts, metrics = _conclude(config, folder, pool, search, hashes, tracker.ui_command, progress)
         status = "FINISHED"
@@ -244,7 +271,8 @@ def _conclude(
             "perplexity": {"fitness_nll": best.fitness, "report_nll": reported[-1].nll},
         }
         pool.export(model, best.algorithm, details)
-    counts = {s: sum(c.status == s for c in search.lineage) for s in ("invalid", "repeat", "failed", "evaluated")}
+    written = [c for c in search.lineage if c.operator != "seed"]
+    counts = {status: sum(c.status == status for c in written) for status in STATUSES}
     spent = search.spend()
     summary = {
         "name": config.name,
@@ -263,6 +291,7 @@ def _conclude(
             "usable": spent.answers - counts["invalid"],
             "invalid": counts["invalid"],
             "repeated": counts["repeat"],
+            "surplus": counts["surplus"],
             "evaluated": counts["evaluated"],
             "failed": counts["failed"],
         },

@@ -12,8 +12,8 @@ from autoprune.actors.messages import Evaluation
 from autoprune.algorithms.algorithm import Algorithm
 
 # proposed: written, not yet measured; invalid: refused by the language or the probe; repeat: its masks exist already;
-# evaluated: has a fitness; failed: its evaluation raised.
-STATUSES = ("proposed", "invalid", "repeat", "evaluated", "failed")
+# surplus: new, but its generation had enough; evaluated: has a fitness; failed: its evaluation gave none.
+STATUSES = ("proposed", "invalid", "repeat", "surplus", "evaluated", "failed")
 
 
 @dataclass

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
+from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.lineage import Candidate, Lineage
 
 # One colour per operator, from the Okabe–Ito palette, which colour-blind readers can tell apart.
@@ -32,11 +33,6 @@ PATH = "#222222"
 REFERENCES = ("wanda", "wanda+sdsa")  # rows of the summary's table drawn as lines: uniform, and our allocation
 OUTLIER = 1.4  # candidates above this multiple of the worst that matters are drawn at the upper edge
 HALO = [withStroke(linewidth=3, foreground="white")]
-
-
-def perplexity(nll: float) -> float:
-    """exp(nll), infinite where a float cannot hold it."""
-    return math.exp(nll) if nll < 700 else math.inf
 
 
 def _png(figure: Figure) -> bytes:

@@ -52,9 +52,11 @@ def _allocation(name: str) -> Allocation:
 def read_score(file: Path, allocation: str) -> Algorithm:
     """A score function of one's own from a file in the algorithm language, compared by row."""
     try:
-        program = parse(file.read_text())
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from None
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {file}: {getattr(error, 'strerror', 'it is not text')}") from None
+    try:
+        program = parse(text)
     except LanguageError as error:
         raise InputError(f"{file}: {error}") from None
     return Algorithm(program.source, "row", _allocation(allocation))

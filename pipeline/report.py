@@ -12,11 +12,12 @@ from rich.table import Table
 
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.models.errors import InputError
+from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.checkpoint import write_atomic
 from autoprune.pipeline.lineage import Candidate, Lineage, paired_difference
-from autoprune.pipeline.plots import REFERENCES, lineage_png, perplexity, progress_png, sparsity_png
+from autoprune.pipeline.plots import REFERENCES, lineage_png, progress_png, sparsity_png
 
-COUNTS = ("answers", "usable", "invalid", "repeated", "evaluated", "failed")
+COUNTS = ("answers", "usable", "invalid", "repeated", "surplus", "evaluated", "failed")
 
 
 def algorithm_text(algorithm: Algorithm) -> str:
@@ -24,7 +25,9 @@ def algorithm_text(algorithm: Algorithm) -> str:
     return f"# group: {algorithm.group}\n# allocation: {algorithm.allocation}\n{algorithm.score.strip()}\n"
 
 
-def _ppl(nll: float) -> str:
+def _ppl(nll: float | None) -> str:
+    if nll is None:
+        return "–"
     value = perplexity(nll)
     if not math.isfinite(value):
         return "∞" if value > 0 else "–"
@@ -78,7 +81,7 @@ def _time_line(summary: dict) -> str:
 
 
 def write_report(folder: Path, lineage: Lineage, summary: dict) -> list[Path]:
-    """Write report.md, report.json (summary and best algorithm), lineage.json and the pictures; returns their paths.
+    """Write report.md, report.json (summary and best algorithm) and the pictures; returns their paths.
 
     summary: what the driver knows (plain JSON); `best` names a candidate of the lineage that has a fitness.
     """
@@ -91,7 +94,6 @@ def write_report(folder: Path, lineage: Lineage, summary: dict) -> list[Path]:
     about = f"{summary['name']}: {summary['target']} at {100 * summary['sparsity']:g}% sparsity"
     files = {
         "report.json": json.dumps(summary | {"algorithm": best.algorithm.to_dict()}, indent=1).encode(),
-        "lineage.json": json.dumps(lineage.to_dict()).encode(),
         "lineage.png": lineage_png(lineage, best.id, f"Lineage of {about}"),
         "fitness.png": progress_png(lineage, references, f"Progress of {about}"),
     }

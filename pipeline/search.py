@@ -8,7 +8,6 @@ search asks and measures nothing twice.
 from __future__ import annotations
 
 import json
-import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -21,10 +20,11 @@ from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.grammar import answer_grammar
 from autoprune.algorithms.language import LanguageError, parse_answer
 from autoprune.models.errors import InputError
+from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.checkpoint import Journal, load_checkpoint, save_checkpoint, write_atomic
 from autoprune.pipeline.config import Config
 from autoprune.pipeline.gcot import Messages, build_prompt
-from autoprune.pipeline.lineage import Candidate, Lineage
+from autoprune.pipeline.lineage import STATUSES, Candidate, Lineage
 from autoprune.pipeline.population import choose_operators, choose_parents, seed
 
 JOURNAL, CHECKPOINT = "journal.jsonl", "checkpoint"  # in the run folder
@@ -87,7 +87,7 @@ class Spent:
 
 @dataclass
 class Search:
-    """One search in one folder. `run` does what is left of it."""
+    """One search in one folder. `run` does what is left of it. began: when this sitting did, by the monotonic clock."""
 
     config: Config
     folder: Path
@@ -95,6 +95,7 @@ class Search:
     evaluator: Evaluator
     tracker: Tracker
     progress: Progress
+    began: float = field(default_factory=time.monotonic)
     lineage: Lineage = field(default_factory=Lineage)
     spent: Spent = field(default_factory=Spent)
 
@@ -104,7 +105,6 @@ class Search:
         self._answers = {(r["generation"], r["round"]): r for r in records if r["kind"] == "answers"}
         self._measured = {(r["key"], r["split"]): r for r in records if r["kind"] == "evaluation"}
         self._done = -1
-        self._began = time.monotonic()
 
     def run(self) -> None:
         """Seeds, then generations; a checkpoint after each."""
@@ -132,12 +132,15 @@ class Search:
                 "seconds": now - began,
             }
             began = now
-            self._journal.append(record)
+            if not evaluation.lost:  # what the actors lost may be measured when the search is resumed
+                self._journal.append(record)
             self._measured[jobs[index].key, split] = record
             self.progress.step(f"evaluating ({split})", done, len(jobs))
         results = []
         for algorithm in algorithms:
-            fields = self._measured[algorithm.key, split]["evaluation"]
+            record = self._measured[algorithm.key, split]
+            self.spent.evaluating += record["seconds"]
+            fields = record["evaluation"]
             results.append(Evaluation(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
         return results
 
@@ -167,13 +170,21 @@ class Search:
         slots = []
         for operator in choose_operators(rng, plan.operators, plan.prompts):
             parents = choose_parents(rng, operator, self.lineage, plan.elites)
+            if operator == "crossover" and len(parents) < 2:
+                operator = "mutate"  # there is nobody else yet
             # A mutation is of the score or of the allocation: which of the two made a difference is then known.
             keeps_score = operator == "mutate" and rng.random() < 0.5
             task = "mutate allocation" if keeps_score else operator
             dense = self.evaluator.dense["fitness"].nll
-            messages = build_prompt(self.lineage, task, parents, dense, self.config.target.sparsity)
+            messages = build_prompt(self.lineage, task, parents, dense, self.config.target.sparsity, self._prompt_limit)
             slots.append(Slot(operator, parents, messages, keeps_score))
         return slots
+
+    @property
+    def _prompt_limit(self) -> int:
+        """Characters that a prompt may have: code takes a token for every two and a half, or more."""
+        writer = self.config.generator
+        return int(2.5 * (writer.max_model_len - writer.max_tokens))
 
     def _ask(self, generation: int, round_: int, slots: list[Slot]) -> list[list[Answer]]:
         """Answers per slot, from the journal where it has them."""
@@ -215,6 +226,9 @@ class Search:
         """An answer as a candidate; one that cannot be read is invalid, with the reason."""
         prompt = "\n\n".join(f"[{role}]\n{text}" for role, text in slot.messages)
         candidate = Candidate(name, generation, slot.operator, slot.parents, prompt=prompt, answer=answer.text)
+        if answer.finish_reason == "length":
+            candidate.status, candidate.error = "invalid", "the answer was cut at the token limit"
+            return candidate
         parent = self.lineage[slot.parents[0]].algorithm
         text = answer.text
         if slot.keeps_score:
@@ -232,11 +246,8 @@ class Search:
         """Settle which candidates are invalid and which repeat another's masks, before anything is measured."""
         readable = [c for c in written if c.status == "proposed"]
         probes = self.evaluator.probe([c.algorithm for c in readable])
-        known = {
-            c.mask_hash: c.id
-            for c in reversed([*self.lineage, *earlier])
-            if c.status in ("evaluated", "proposed", "failed")
-        }
+        others = [*(c for c in self.lineage if c.evaluation or c.status == "failed"), *earlier]
+        known = {c.mask_hash: c.id for c in reversed(others) if c.status in ("evaluated", "failed", "proposed")}
         for candidate, probe in zip(readable, probes, strict=True):
             if probe.error is not None:
                 candidate.status, candidate.error = "invalid", probe.error
@@ -254,28 +265,33 @@ class Search:
         chosen = [c for c in candidates if c.status == "proposed"]
         if generation > 0:
             chosen = chosen[: self.config.search.candidates]
+            for candidate in candidates:
+                if candidate.status == "proposed" and candidate not in chosen:
+                    candidate.status = "surplus"
         evaluations = self.measure([c.algorithm for c in chosen], "fitness")
         for candidate, evaluation in zip(chosen, evaluations, strict=True):
             candidate.status = "evaluated" if evaluation.error is None else "failed"
             candidate.evaluation = evaluation if evaluation.error is None else None
             candidate.error = evaluation.error
             self.spent.evaluations += 1
-            self.spent.evaluating += self._measured[candidate.algorithm.key, "fitness"]["seconds"]
         for candidate in candidates:
             self.lineage.add(candidate)
         for candidate in candidates:
-            edges = [{"parent": parent, **self.lineage.edge(parent, candidate.id)} for parent in candidate.parents]
+            edges = self._edges(candidate)
             self.tracker.candidate(candidate, edges)
             if candidate.status in ("evaluated", "failed"):
                 self.progress.say(self._line(candidate, edges))
         self.tracker.generation(generation, self._metrics(candidates))
         self._save(generation)
 
+    def _edges(self, candidate: Candidate) -> list[dict]:
+        return [{"parent": parent, **self.lineage.edge(parent, candidate.id)} for parent in candidate.parents]
+
     def _line(self, candidate: Candidate, edges: list[dict]) -> str:
         """One measured candidate, for people."""
         if candidate.status == "failed":
             return f"  {candidate.id}: {candidate.error}"
-        line = f"  {candidate.id}: fitness {candidate.fitness:.4f}, perplexity {math.exp(candidate.fitness):.2f}"
+        line = f"  {candidate.id}: fitness {candidate.fitness:.4f}, perplexity {perplexity(candidate.fitness):.2f}"
         if edges and "effect" in edges[0]:
             edge = edges[0]
             line += f" ({candidate.operator} of {edge['parent']}: {edge['effect']:+.4f}, {edge['verdict']})"
@@ -283,16 +299,16 @@ class Search:
 
     def _metrics(self, candidates: list[Candidate]) -> dict[str, float]:
         best = self.lineage.evaluated()
-        counts = {status: sum(c.status == status for c in candidates) for status in ("invalid", "repeat", "evaluated")}
+        counts = {status: sum(c.status == status for c in candidates) for status in STATUSES[1:]}
         metrics = {}
         if best:
-            metrics = {"best_fitness_nll": best[0].fitness, "best_fitness_perplexity": math.exp(best[0].fitness)}
+            metrics = {"best_fitness_nll": best[0].fitness, "best_fitness_perplexity": perplexity(best[0].fitness)}
         return metrics | {name: float(value) for name, value in counts.items()}
 
     def spend(self) -> Spent:
         """What was spent until now."""
         now = time.monotonic()
-        self.spent.total, self._began = self.spent.total + now - self._began, now
+        self.spent.total, self.began = self.spent.total + now - self.began, now
         return self.spent
 
     def _save(self, generation: int) -> None:
@@ -313,4 +329,6 @@ class Search:
         self.lineage = Lineage.from_dict(json.loads(loaded.files["lineage.json"]))
         self.spent = Spent(**json.loads(loaded.files["spent.json"]))
         self._done = loaded.generation
+        for candidate in self.lineage:  # a tracker that was away when the search stopped catches up
+            self.tracker.candidate(candidate, self._edges(candidate))
         self.progress.say(f"resumed after generation {loaded.generation} with {len(self.lineage)} candidates")

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from autoprune.models.errors import InputError
+from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.checkpoint import write_atomic
 from autoprune.pipeline.lineage import Candidate
-from autoprune.pipeline.plots import perplexity
 from autoprune.pipeline.report import algorithm_text
 
 if TYPE_CHECKING:

@@ -70,7 +70,7 @@ def refused(capsys, *arguments: object) -> str:
         ("search.seeds=[wnada]", "wanda"),
         ("search.seeds=[wanda+sdas]", "sdsa"),
         ("data.context=4096", "expected 2 to 128"),
-        ("evaluators.shards=9", "4 blocks"),
+        ("evaluators.shards=9", "at most 4"),
         ("generator.kind=openai generator.base_url=http://127.0.0.1:9/v1", "no answer from http://127.0.0.1:9/v1"),
         ("generator.answers=/no/answers.txt", "/no/answers.txt"),
         ("name=a/b", "without slashes"),

@@ -44,7 +44,7 @@ def lineage() -> Lineage:
 
 
 def test_the_prompt_walks_ancestors_with_best_and_worst_contrast(lineage):
-    (_, system), (_, user) = build_prompt(lineage, "mutate", ("focal",), 2.5, 0.6)
+    (_, system), (_, user) = build_prompt(lineage, "mutate", ("focal",), 2.5, 0.6, 20_000)
     assert "Diagnosis:" in system and "def score" in system
     steps = user.partition("How we got here:")[2]
     places = [steps.index(f"claim of {name}") for name in ("root", "good", "bad", "focal")]
@@ -57,7 +57,7 @@ def test_the_prompt_walks_ancestors_with_best_and_worst_contrast(lineage):
 
 
 def test_evidence_and_conclusion_follow_the_measurements(lineage):
-    user = build_prompt(lineage, "mutate", ("focal",), 2.5, 0.6)[1][1]
+    user = build_prompt(lineage, "mutate", ("focal",), 2.5, 0.6, 20_000)[1][1]
     bad = user.partition("claim of bad")[2].partition("claim of")[0]
     assert "fitness 6.000, +2.000" in bad and "the claim is refuted" in bad
     good = user.partition("claim of good")[2].partition("claim of")[0]
@@ -76,7 +76,7 @@ def test_a_difference_within_the_noise_is_inconclusive():
 
 
 def test_a_crossover_names_both_parents(lineage):
-    user = build_prompt(lineage, "crossover", ("focal", "other"), 2.5, 0.6)[1][1]
+    user = build_prompt(lineage, "crossover", ("focal", "other"), 2.5, 0.6, 20_000)[1][1]
     assert "claim of other" in user.partition("How we got here:")[2]
     assert "works in step 5 with what works in step 2" in user
 
@@ -84,7 +84,7 @@ def test_a_crossover_names_both_parents(lineage):
 def test_prompts_stay_bounded_however_deep_the_lineage(lineage):
     for index in range(30):
         lineage.add(measured(f"deep-{index}", 3.3 - index / 100, (f"deep-{index - 1}" if index else "focal",)))
-    user = build_prompt(lineage, "mutate", ("deep-29",), 2.5, 0.6)[1][1]
+    user = build_prompt(lineage, "mutate", ("deep-29",), 2.5, 0.6, 20_000)[1][1]
     assert user.count("Claim:") <= 3 * PATH_LIMIT
     assert sum(line.startswith("- ") for line in user.splitlines()) == KNOWN_LIMIT
     assert "claim of deep-29" in user
@@ -113,3 +113,15 @@ def test_seeds_write_their_defaults_out():
     algorithm = seed("wanda+sdsa").algorithm
     assert algorithm.allocation.parameters == {"tau": 0.5, "m": 0.3, "depth": 0.0}
     assert algorithm.group == "row" and seed("ria").algorithm.group == "matrix"
+
+
+def test_a_long_chain_loses_its_oldest_evidence_first(lineage):
+    whole = build_prompt(lineage, "crossover", ("focal", "other"), 2.5, 0.6, 20_000)
+    size = sum(len(text) for _, text in whole)
+    user = build_prompt(lineage, "crossover", ("focal", "other"), 2.5, 0.6, size - 1)[1][1]
+    steps = user.partition("How we got here:")[2]
+    assert "claim of root" not in steps, "the oldest that is no parent"
+    assert "claim of good" in steps and "claim of focal" in steps and "claim of other" in steps
+    assert "works in step 4 with what works in step 1" in user
+    shortest = build_prompt(lineage, "crossover", ("focal", "other"), 2.5, 0.6, 10)[1][1]
+    assert shortest.count("Claim:") == 2
