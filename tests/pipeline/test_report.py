@@ -87,6 +87,7 @@ def made_up_summary(lineage):
         "context": 512,
         "corpora": {"calibration": "prose:0-48", "fitness": "prose:100-116", "report": "wikitext-2/test"},
         "table": [*pruned, dense],
+        "mlflow": "python -m mlflow ui",
         "counts": {
             "answers": 96,
             "usable": 86,
@@ -177,7 +178,7 @@ def test_markdown_says_what_a_reader_must_know(report):
         "paired",
     )
     assert [word for word in words if word not in text] == []
-    assert "autoprune search configs/demo.yaml" in text and "96 answers, 80 usable" in text
+    assert "autoprune search configs/demo.yaml" in text and "96 answers, 86 usable" in text
 
 
 @pytest.mark.parametrize("change", ["only seeds", "no baseline", "no blocks"])
