@@ -7,6 +7,7 @@ search asks and measures nothing twice.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import time
@@ -151,10 +152,11 @@ class Search:
             slots = self._slots(generation, round_)
             answers = self._ask(generation, round_, slots)
             written = []
-            for slot, texts in zip(slots, answers, strict=True):
-                for answer in texts:
-                    index = len(candidates) + len(written)
-                    written.append(self._read(f"g{generation:02d}-c{index:02d}", generation, slot, answer))
+            # The first answer to each prompt, then the second, …: no prompt's answers crowd out another's.
+            pairs = [[(slot, answer) for answer in texts] for slot, texts in zip(slots, answers, strict=True)]
+            for slot, answer in filter(None, itertools.chain(*itertools.zip_longest(*pairs))):
+                index = len(candidates) + len(written)
+                written.append(self._read(f"g{generation:02d}-c{index:02d}", generation, slot, answer))
             self._probe(written, candidates)
             candidates += written
             fresh = sum(c.status == "proposed" for c in candidates)
@@ -172,8 +174,8 @@ class Search:
             parents = choose_parents(rng, operator, self.lineage, plan.elites)
             if operator == "crossover" and len(parents) < 2:
                 operator = "mutate"  # there is nobody else yet
-            # A mutation is of the score or of the allocation: which of the two made a difference is then known.
-            keeps_score = operator == "mutate" and rng.random() < 0.5
+            # A mutation is of the allocation or of the score, in turn: it is then known which made the difference.
+            keeps_score = operator == "mutate" and not any(slot.keeps_score for slot in slots[-1:])
             task = "mutate allocation" if keeps_score else operator
             dense = self.evaluator.dense["fitness"].nll
             messages = build_prompt(self.lineage, task, parents, dense, self.config.target.sparsity, self._prompt_limit)
