@@ -238,7 +238,7 @@ def test_a_killed_driver_resumes_without_measuring_twice(tmp_path):
 
 
 def test_sigterm_leaves_a_run_that_goes_on(tmp_path):
-    """Stopped by SIGTERM: exit code 143, the way to go on, MLflow says KILLED, nothing left; resumed, it finishes."""
+    """Stopped by SIGTERM: exit code 143, the way to go on, MLflow says KILLED, nothing left."""
     from mlflow import MlflowClient
 
     folder = tmp_path / "stopped"
@@ -258,8 +258,3 @@ def test_sigterm_leaves_a_run_that_goes_on(tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
     assert client.get_run(run_id).info.status == "KILLED"
-
-    resumed = run(command("search", "--resume", folder))
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    assert client.get_run(run_id).info.status == "FINISHED"
-    assert len(set(measured_keys(folder))) == len(measured_keys(folder))
