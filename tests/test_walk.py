@@ -237,7 +237,7 @@ def test_a_killed_driver_resumes_without_measuring_twice(tmp_path):
     assert lineage_without_clock(folder) == lineage_without_clock(tmp_path / "whole")
 
 
-def test_sigterm_leaves_a_run_that_goes_on(tmp_path):
+def test_sigterm_stops_the_search_cleanly(tmp_path):
     """Stopped by SIGTERM: exit code 143, the way to go on, MLflow says KILLED, nothing left."""
     from mlflow import MlflowClient
 
