@@ -89,14 +89,19 @@ def _choice(values: tuple[float, ...]) -> Alternatives:
     return tuple((f"{value:g}",) for value in values)
 
 
-def _shared_rules(max_locals: int, with_score: bool) -> Rules:
-    head: tuple[Item, ...] = (
-        *("Diagnosis: ", Ref("sentence"), "\nHypothesis: ", Ref("sentence"), "\nGroup: ", Ref("group")),
-        *("\nAllocation: sdsa tau=", Ref("tau"), " m=", Ref("slack"), " depth=", Ref("depth")),
-    )
-    score: tuple[Item, ...] = ("\ndef score(W, x_norm, x_mean, x_std):", Ref("body000m"))
+PARTS = ("group", "allocation", "score")  # of an algorithm
+
+
+def _shared_rules(max_locals: int, parts: tuple[str, ...]) -> Rules:
+    root: tuple[Item, ...] = ("Diagnosis: ", Ref("sentence"), "\nHypothesis: ", Ref("sentence"))
+    if "group" in parts:
+        root += ("\nGroup: ", Ref("group"))
+    if "allocation" in parts:
+        root += ("\nAllocation: sdsa tau=", Ref("tau"), " m=", Ref("slack"), " depth=", Ref("depth"))
+    if "score" in parts:
+        root += ("\ndef score(W, x_norm, x_mean, x_std):", Ref("body000m"))
     rules: Rules = {
-        "root": (head + score if with_score else head,),
+        "root": (root,),
         "sentence": ((Prose(20, 120),),),
         "group": (("row",), ("matrix",)),
         "tau": _choice(TAUS),
@@ -181,9 +186,9 @@ def _state_rules(state: State, max_locals: int) -> Rules:
     return rules
 
 
-def answer_rules(max_locals: int = 3, with_score: bool = True) -> Rules:
+def answer_rules(max_locals: int = 3, parts: tuple[str, ...] = PARTS) -> Rules:
     """The grammar as data: each rule's alternatives, each a sequence of literals, references and prose."""
-    rules = _shared_rules(max_locals, with_score)
+    rules = _shared_rules(max_locals, parts)
     for state in itertools.product(range(max_locals + 1), repeat=len(LOCALS)):
         if sum(state) <= max_locals:
             rules |= _state_rules(state, max_locals)
@@ -205,16 +210,16 @@ def _gbnf(item: Item) -> str:
 
 
 @functools.cache
-def answer_grammar(max_locals: int = 3, with_score: bool = True) -> str:
+def answer_grammar(max_locals: int = 3, parts: tuple[str, ...] = PARTS) -> str:
     """GBNF text of the whole answer, as `language.parse_answer` reads it; starts at `root`.
 
-    max_locals: how many lines may stand above the return, 0 to 9. with_score: without, the answer ends at the
-    allocation, for where the score function stays as it is.
+    max_locals: how many lines may stand above the return, 0 to 9. parts: which of PARTS the answer holds; the others
+    stay as they are.
     """
     if not 0 <= max_locals <= 9:
         raise ValueError(f"max_locals is {max_locals}, expected 0 to 9")
     lines = (
         f"{name} ::= " + " | ".join(" ".join(map(_gbnf, alternative)) for alternative in alternatives)
-        for name, alternatives in answer_rules(max_locals, with_score).items()
+        for name, alternatives in answer_rules(max_locals, parts).items()
     )
     return "\n".join(lines) + "\n"

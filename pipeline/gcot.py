@@ -31,10 +31,10 @@ def score(W, x_norm, x_mean, x_std):
 TASKS = {
     "explore": "Task (explore): write an algorithm of a different kind than every one above: other statistics, "
     "another normalisation, or another way to combine them.",
-    "mutate": "Task (mutate): change the score function of step {focal} in the one respect that the evidence says is "
-    "worst, and keep the rest.",
-    "mutate allocation": "Task (mutate): keep the score function of step {focal} and change its group or allocation, "
-    "so that the blocks with the most error keep more. Leave the function out of the answer.",
+    "mutate score": "Task (mutate): change the score function of step {focal} in the one respect that the evidence "
+    "says is worst. Group and allocation stay: leave them out of the answer.",
+    "mutate allocation": "Task (mutate): change tau, m and depth of step {focal}, so that the blocks with the most "
+    "error keep more. Group and function stay: leave them out of the answer.",
     "crossover": "Task (crossover): join what works in step {focal} with what works in step {partner}.",
 }
 

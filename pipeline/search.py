@@ -12,13 +12,13 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from autoprune.actors.messages import Answer, Evaluation, Probe, Request
 from autoprune.algorithms.algorithm import Algorithm
-from autoprune.algorithms.grammar import answer_grammar
+from autoprune.algorithms.grammar import PARTS, answer_grammar
 from autoprune.algorithms.language import LanguageError, parse_answer
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
@@ -65,12 +65,12 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Slot:
-    """One prompt. keeps_score: the answer names group and allocation only, the score function is the parent's."""
+    """One prompt. parts: of an algorithm, which the answer holds; the others are the first parent's."""
 
     operator: str
     parents: tuple[str, ...]
     messages: Messages
-    keeps_score: bool
+    parts: tuple[str, ...]
 
 
 @dataclass
@@ -174,12 +174,14 @@ class Search:
             parents = choose_parents(rng, operator, self.lineage, plan.elites)
             if operator == "crossover" and len(parents) < 2:
                 operator = "mutate"  # there is nobody else yet
-            # A mutation is of the allocation or of the score, in turn: it is then known which made the difference.
-            keeps_score = operator == "mutate" and not any(slot.keeps_score for slot in slots[-1:])
-            task = "mutate allocation" if keeps_score else operator
+            task, parts = operator, PARTS
+            if operator == "mutate":
+                # Of the allocation or of the score, in turn: it is then known which made the difference.
+                parts = ("score",) if slots and slots[-1].parts == ("allocation",) else ("allocation",)
+                task = f"mutate {parts[0]}"
             dense = self.evaluator.dense["fitness"].nll
             messages = build_prompt(self.lineage, task, parents, dense, self.config.target.sparsity, self._prompt_limit)
-            slots.append(Slot(operator, parents, messages, keeps_score))
+            slots.append(Slot(operator, parents, messages, parts))
         return slots
 
     @property
@@ -201,7 +203,7 @@ class Search:
                     n=count,
                     temperature=writer.temperature + writer.heat * round_,
                     max_tokens=writer.max_tokens,
-                    grammar=answer_grammar(with_score=not slot.keeps_score),
+                    grammar=answer_grammar(parts=slot.parts),
                     offset=self.spent.answers + sum(counts[:index]),
                 )
                 for index, (slot, count) in enumerate(zip(slots, counts, strict=True))
@@ -233,14 +235,15 @@ class Search:
             return candidate
         parent = self.lineage[slot.parents[0]].algorithm
         text = answer.text
-        if slot.keeps_score:
+        if "score" not in slot.parts:
             text = f"{text.partition('def score')[0].rstrip()}\n{parent.score}"
         try:
             proposal = parse_answer(text, parent.group, parent.allocation)
         except LanguageError as error:
             candidate.status, candidate.error = "invalid", str(error)
             return candidate
-        candidate.algorithm = proposal.algorithm
+        kept = {part: getattr(parent, part) for part in PARTS if part not in slot.parts}
+        candidate.algorithm = replace(proposal.algorithm, **kept)
         candidate.diagnosis, candidate.hypothesis = proposal.diagnosis, proposal.hypothesis
         return candidate
 

@@ -192,3 +192,16 @@ class TestXgrammar:
     )
     def test_everything_else_cannot(self, accepts, body):
         assert not accepts(HEAD + body)
+
+
+@pytest.mark.parametrize("parts", [("allocation",), ("score",), ("group", "allocation")])
+def test_an_answer_may_hold_some_parts_only(parts):
+    """What is left out cannot be written; what is there is written as in a whole answer."""
+    text = answer_grammar(parts=parts)
+    assert ("Group: " in text) == ("group" in parts)
+    assert ("Allocation: " in text) == ("allocation" in parts)
+    assert ("def score" in text) == ("score" in parts)
+    whole = dict(line.split(" ::= ") for line in answer_grammar().splitlines())
+    for line in text.splitlines():
+        name, rule = line.split(" ::= ")
+        assert name == "root" or whole[name] == rule

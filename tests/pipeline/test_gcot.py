@@ -44,7 +44,7 @@ def lineage() -> Lineage:
 
 
 def test_the_prompt_walks_ancestors_with_best_and_worst_contrast(lineage):
-    (_, system), (_, user) = build_prompt(lineage, "mutate", ("focal",), 2.5, 0.6, 20_000)
+    (_, system), (_, user) = build_prompt(lineage, "mutate score", ("focal",), 2.5, 0.6, 20_000)
     assert "Diagnosis:" in system and "def score" in system
     steps = user.partition("How we got here:")[2]
     places = [steps.index(f"claim of {name}") for name in ("root", "good", "bad", "focal")]
@@ -57,7 +57,7 @@ def test_the_prompt_walks_ancestors_with_best_and_worst_contrast(lineage):
 
 
 def test_evidence_and_conclusion_follow_the_measurements(lineage):
-    user = build_prompt(lineage, "mutate", ("focal",), 2.5, 0.6, 20_000)[1][1]
+    user = build_prompt(lineage, "mutate score", ("focal",), 2.5, 0.6, 20_000)[1][1]
     bad = user.partition("claim of bad")[2].partition("claim of")[0]
     assert "fitness 6.000, +2.000" in bad and "the claim is refuted" in bad
     good = user.partition("claim of good")[2].partition("claim of")[0]
@@ -84,7 +84,7 @@ def test_a_crossover_names_both_parents(lineage):
 def test_prompts_stay_bounded_however_deep_the_lineage(lineage):
     for index in range(30):
         lineage.add(measured(f"deep-{index}", 3.3 - index / 100, (f"deep-{index - 1}" if index else "focal",)))
-    user = build_prompt(lineage, "mutate", ("deep-29",), 2.5, 0.6, 20_000)[1][1]
+    user = build_prompt(lineage, "mutate score", ("deep-29",), 2.5, 0.6, 20_000)[1][1]
     assert user.count("Claim:") <= 3 * PATH_LIMIT
     assert sum(line.startswith("- ") for line in user.splitlines()) == KNOWN_LIMIT
     assert "claim of deep-29" in user
