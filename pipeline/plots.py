@@ -112,7 +112,7 @@ def lineage_png(lineage: Lineage, best: str, title: str) -> bytes:
 
     width = min(17.0, max(8.0, COLUMN * generations))
     figure = Figure(figsize=(width + 1.5, 6.6))
-    axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[6.5, 1], gridspec_kw={"hspace": 0.06})
+    axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[6.3, 1.2], gridspec_kw={"hspace": 0.06})
     keep = [perplexity(c.fitness) for c in path]
     top = _perplexity_axis(axes, [perplexity(c.fitness) for c in measured], keep, "fitness split")
 
@@ -132,7 +132,7 @@ def lineage_png(lineage: Lineage, best: str, title: str) -> bytes:
     axes.set_title(title, loc="left", fontsize=12)
     _legend(axes)
 
-    rows = {"repeat": 2, "invalid": 1, "failed": 0}
+    rows = {"surplus": 3, "repeat": 2, "invalid": 1, "failed": 0}
     for status, row in rows.items():
         mine = [c for c in candidates if c.status == status]
         colour = "#b2182b" if status == "failed" else QUIET
@@ -141,7 +141,7 @@ def lineage_png(lineage: Lineage, best: str, title: str) -> bytes:
             1.01, row, f"{len(mine)}", transform=strip.get_yaxis_transform(), va="center", fontsize=8, color=QUIET
         )
     strip.set_yticks(list(rows.values()), list(rows), fontsize=8, color=QUIET)
-    strip.set_ylim(-0.7, 2.7)
+    strip.set_ylim(-0.7, 3.7)
     strip.set_xlim(-0.7, generations - 0.5)
     strip.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
     strip.set_xlabel("generation (0: the seeds)")

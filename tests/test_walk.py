@@ -119,7 +119,7 @@ def test_mlflow_holds_the_lineage(walk):
     for candidate in lineage.evaluated():
         child = children[candidate.id]
         assert child.data.metrics["fitness_nll"] == pytest.approx(candidate.fitness)
-        assert child.data.tags["autoprune.parents"] == ",".join(candidate.parents)
+        assert child.data.tags.get("autoprune.parents", "") == ",".join(candidate.parents)
         assert "algorithm.py" in {file.path for file in client.list_artifacts(child.info.run_id)}
     (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
     assert parent.info.status == "FINISHED"
