@@ -27,6 +27,7 @@ from autoprune.pipeline.lineage import Lineage
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["data.context=128", "data.calibration_windows=8", "data.fitness_windows=2", "data.report_windows=4"]
+SMALLER = ["data.context=64", "data.report_windows=1", "search.seeds=[wanda]"]
 
 
 def command(*arguments: object) -> list[str]:
@@ -212,13 +213,15 @@ def lineage_without_clock(folder: Path) -> dict:
 
 def test_a_killed_driver_resumes_without_measuring_twice(tmp_path):
     """SIGKILL in generation 2, then --resume: the same lineage as undisturbed, each algorithm measured once."""
-    undisturbed = run(search_command("smoke.yaml", tmp_path, "name=whole"))
+    undisturbed = run(search_command("smoke.yaml", tmp_path, *SMALLER, "name=whole"))
     assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
 
     folder = tmp_path / "killed"
     # Ray's processes inherit the driver's environment: the folder in it marks them as this search's.
     environment = os.environ | {"AUTOPRUNE_TEST": str(tmp_path)}
-    driver = subprocess.Popen(search_command("smoke.yaml", tmp_path, "name=killed"), cwd=ROOT, env=environment)
+    driver = subprocess.Popen(
+        search_command("smoke.yaml", tmp_path, *SMALLER, "name=killed"), cwd=ROOT, env=environment
+    )
     deadline = time.monotonic() + 300
     while not (folder / "checkpoint" / "generation-0001").exists():
         assert driver.poll() is None and time.monotonic() < deadline
@@ -243,7 +246,7 @@ def test_sigterm_stops_the_search_cleanly(tmp_path):
 
     folder = tmp_path / "stopped"
     environment = os.environ | {"AUTOPRUNE_TEST": str(tmp_path)}
-    arguments = search_command("smoke.yaml", tmp_path, "name=stopped")
+    arguments = search_command("smoke.yaml", tmp_path, *SMALLER, "name=stopped")
     driver = subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not (folder / "checkpoint" / "generation-0000").exists():

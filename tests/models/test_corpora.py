@@ -8,7 +8,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from autoprune.models.catalogue import CATALOGUE
 from autoprune.models.corpora import load_corpus, overlap, plain_text, token_windows
 from autoprune.models.errors import InputError
 
@@ -169,7 +168,6 @@ dropped
     ]
 
 
-@pytest.mark.skipif(not CATALOGUE["wikipedia-sample"].on_disk(), reason="wikipedia-sample is not in the cache")
 def test_wikipedia_sample_is_prose():
     documents = load_corpus("wikipedia-sample").documents
     text = "\n\n".join(documents)

@@ -10,7 +10,6 @@ from conftest import save_tiny_model
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
-from autoprune.models.catalogue import CATALOGUE
 from autoprune.models.corpora import load_corpus, token_windows
 from autoprune.models.errors import InputError
 from autoprune.models.loading import GGUF_BLOCK, convert_gguf, load_config, load_tokenizer, resolve_model
@@ -117,8 +116,6 @@ def test_gguf_output_matrix_is_shared(tmp_path):
     assert torch.equal(converted.lm_head.weight, output)
 
 
-@pytest.mark.skipif(not CATALOGUE["smollm2-135m-instruct"].on_disk(), reason="SmolLM2 is not in the cache")
-@pytest.mark.skipif(not CATALOGUE["wikipedia-sample"].on_disk(), reason="wikipedia-sample is not in the cache")
 def test_smollm2_is_whole():
     folder = resolve_model("smollm2-135m-instruct")
     tokenizer = load_tokenizer(folder)
