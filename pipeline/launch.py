@@ -143,16 +143,23 @@ def _open_folder(folder: Path, config: Config, resume: bool) -> None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM and Ctrl-C become Stopped, once; a second one is not caught."""
+    """SIGTERM and Ctrl-C become Stopped, once; a second one is not caught.
+
+    The handler raises KeyboardInterrupt: Ray's waiting calls let no other exception through.
+    """
+    received = []
 
     def stop(number: int, _frame: object) -> None:
         for name, handler in previous.items():
             signal.signal(name, handler)
-        raise Stopped(signal.Signals(number).name)
+        received.append(signal.Signals(number).name)
+        raise KeyboardInterrupt
 
     previous = {name: signal.signal(name, stop) for name in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except KeyboardInterrupt:
+        raise Stopped(*received) from None
     finally:
         for name, handler in previous.items():
             signal.signal(name, handler)
@@ -227,7 +234,7 @@ def _run(
         search.run()
         artifacts, metrics = _conclude(config, folder, pool, search, hashes, tracker.ui_command, progress)
         status = "FINISHED"
-    except Stopped:
+    except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
