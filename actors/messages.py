@@ -69,6 +69,11 @@ class Evaluation:
     error: str | None = None
     lost: bool = False
 
+    @classmethod
+    def from_dict(cls, data: dict) -> Evaluation:
+        """From `asdict`, also after JSON, which makes lists of tuples."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+
 
 def last_line(error: BaseException) -> str:
     """The last line of an error's text, which in a remote traceback is the error itself."""

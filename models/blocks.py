@@ -41,6 +41,11 @@ def weight_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), single)
 
 
+def checkpoint_bytes(folder: Path) -> int:
+    """Size of a checkpoint's weights on disk."""
+    return sum(file.stat().st_size for file in set(weight_files(folder).values()))
+
+
 def open_tensors(path: Path) -> safe_open:
     """Open a safetensors file; InputError where it is missing, cut or damaged."""
     try:
@@ -78,24 +83,23 @@ class DecoderRange(nn.Module):
         self.config: PreTrainedConfig = load_config(folder)
         check_family(self.config, folder)
         self.folder = folder
-        self.start, self.stop, self.count = start, stop, self.config.num_hidden_layers
-        self.first, self.last = start == 0, stop == self.count
+        self.start = start
+        self.first, self.last = start == 0, stop == self.config.num_hidden_layers
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
         decoder = model.get_decoder()
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         self.block_prefix = f"{prefix}.layers"
-        names = {f"{prefix}.norm.weight", "lm_head.weight", f"{prefix}.embed_tokens.weight"}
-        head_source = f"{prefix}.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        embedding = f"{prefix}.embed_tokens.weight"
+        head_source = embedding if self.config.tie_word_embeddings else "lm_head.weight"
+        ends = {embedding} if self.first else set()
+        if self.last:
+            ends |= {f"{prefix}.norm.weight", "lm_head.weight", head_source}
 
         def wanted(name: str) -> bool:
             if name.startswith(self.block_prefix + "."):
                 return start <= int(name[len(self.block_prefix) + 1 :].split(".")[0]) < stop
-            return (
-                (name in names and self.last and name != f"{prefix}.embed_tokens.weight")
-                or (name == f"{prefix}.embed_tokens.weight" and self.first)
-                or (name == head_source and self.last)
-            )
+            return name in ends
 
         files = weight_files(folder)
         tensors = read_tensors(folder, {name for name in files if wanted(name)})

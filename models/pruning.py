@@ -13,7 +13,7 @@ from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.allocation import allocate, check_allocation
 from autoprune.algorithms.language import LanguageError
 from autoprune.algorithms.probe import probe
-from autoprune.models.blocks import check_family, weight_files
+from autoprune.models.blocks import check_family, checkpoint_bytes
 from autoprune.models.corpora import load_corpus, token_windows
 from autoprune.models.errors import InputError
 from autoprune.models.export import check_output, check_space, export
@@ -143,7 +143,7 @@ def prune(
     dtype = native_dtype(dtype)
     text = load_corpus(calibration)
     folder = resolve_model(model)
-    check_space(out, sum(file.stat().st_size for file in set(weight_files(folder).values())))
+    check_space(out, checkpoint_bytes(folder))
     check_model(folder, model, context)
     tokens = token_windows(text, load_tokenizer(folder), context, windows)
     progress(f"loading {model}")

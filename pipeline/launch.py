@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from autoprune.actors.messages import Evaluation
-from autoprune.models.blocks import weight_files
+from autoprune.models.blocks import checkpoint_bytes
 from autoprune.models.catalogue import CATALOGUE
 from autoprune.models.corpora import load_corpus, overlap, token_windows
 from autoprune.models.errors import InputError
@@ -72,7 +72,7 @@ def run_search(config: Config, resume: bool, progress: ConsoleProgress) -> Path:
         for name, text in texts.items()
     }
     generator = _prepare_generator(config)
-    check_space(folder, sum(file.stat().st_size for file in set(weight_files(target).values())))
+    check_space(folder, checkpoint_bytes(target))
     _open_folder(folder, config, resume)
     hashes = {name: text.sha256 for name, text in texts.items()}
     try:

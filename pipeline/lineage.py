@@ -53,8 +53,7 @@ class Candidate:
         if data["algorithm"] is not None:
             data["algorithm"] = Algorithm.from_dict(data["algorithm"])
         if data["evaluation"] is not None:
-            fields = {name: tuple(v) if isinstance(v, list) else v for name, v in data["evaluation"].items()}
-            data["evaluation"] = Evaluation(**fields)
+            data["evaluation"] = Evaluation.from_dict(data["evaluation"])
         return cls(**data)
 
 

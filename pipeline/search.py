@@ -141,8 +141,7 @@ class Search:
         for algorithm in algorithms:
             record = self._measured[algorithm.key, split]
             self.spent.evaluating += record["seconds"]
-            fields = record["evaluation"]
-            results.append(Evaluation(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
+            results.append(Evaluation.from_dict(record["evaluation"]))
         return results
 
     def _propose(self, generation: int) -> list[Candidate]:
@@ -251,8 +250,8 @@ class Search:
         """Settle which candidates are invalid and which repeat another's masks, before anything is measured."""
         readable = [c for c in written if c.status == "proposed"]
         probes = self.evaluator.probe([c.algorithm for c in readable])
-        others = [*(c for c in self.lineage if c.evaluation or c.status == "failed"), *earlier]
-        known = {c.mask_hash: c.id for c in reversed(others) if c.status in ("evaluated", "failed", "proposed")}
+        others = reversed([*self.lineage, *earlier])
+        known = {c.mask_hash: c.id for c in others if c.status in ("evaluated", "failed", "proposed")}
         for candidate, probe in zip(readable, probes, strict=True):
             if probe.error is not None:
                 candidate.status, candidate.error = "invalid", probe.error
