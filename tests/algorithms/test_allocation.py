@@ -181,7 +181,8 @@ def test_sdsa_equals_its_formula(sparsity, tau, m, depth, per):
     units = units_of(MODEL, per)
     powers = [max(unit.skewness, 0.05) ** (1 / tau) for unit in units]
     mixed = [(1 - m) + m * len(units) * power / sum(powers) for power in powers]
-    raw = [share * (1 + depth * (1 - b / 3)) for share, b in zip(mixed, DEPTHS[per], strict=True)]
+    exponent = min(2, sparsity / (1 - sparsity) / 1.5)
+    raw = [(share * (1 + depth * (1 - b / 3))) ** exponent for share, b in zip(mixed, DEPTHS[per], strict=True)]
     result = allocate(Allocation("sdsa", {"tau": tau, "m": m, "depth": depth}, per), MODEL, sparsity)
     assert flat(result, per) == pytest.approx(kept(raw, True, units, sparsity), abs=1e-10)
 
@@ -263,6 +264,19 @@ def test_explicit_values_that_meet_the_budget_stay(name, per):
 def test_explicit_values_must_be_one_per_unit(per, units, given_values):
     with pytest.raises(AllocationError, match=f"expected {units} values, one sparsity per {per}, got {given_values}"):
         allocate(Allocation("explicit", per=per, values=(0.5,) * given_values), MODEL, 0.5)
+
+
+def test_sdsa_spreads_less_where_less_is_pruned():
+    """The spread of what is kept, beside its mean, at 50% and 70% is that at 60% times the odds, and none at 0%."""
+
+    def spread(sparsity):
+        kept = [1 - s for s in flat(allocate(Allocation("sdsa", {"depth": 0.0}), mild, sparsity), "block")]
+        return math.log(kept[1] / kept[0])
+
+    layers = (Profile(1000, 1.0, 1.0, 1.0),)
+    mild = [BlockProfile(1000, skewness, 1.0, 1.0, layers=layers) for skewness in (1.5, 1.8)]
+    assert spread(0.5) == pytest.approx(spread(0.6) / 1.5) and spread(0.7) == pytest.approx(spread(0.6) / 1.5 * 7 / 3)
+    assert spread(0.6) > 0.1 and spread(0.0) == 0
 
 
 def test_one_block_with_an_extreme_skewness_does_not_take_everything():
