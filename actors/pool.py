@@ -21,6 +21,7 @@ from autoprune.actors.messages import Evaluation, Probe, last_line
 from autoprune.actors.placement import ActorResources
 from autoprune.algorithms.algorithm import Algorithm, Sparsities
 from autoprune.algorithms.profiles import BlockProfile
+from autoprune.algorithms.statistics import NotFiniteError
 from autoprune.models.errors import InputError, Lost
 from autoprune.models.export import export
 from autoprune.models.loading import resolve_model
@@ -99,9 +100,12 @@ class EvaluatorPool:
                 self._profiles = [p for part in ray.get(profiles) for p in part]
                 self.dense = {split: self._collect(split, ray.get(reports)) for split, reports in dense.items()}
             except ray.exceptions.RayError as error:
-                if isinstance(getattr(error, "cause", None), ValueError):  # an input that is not finite
-                    reason = last_line(error.cause)
+                cause = getattr(error, "cause", None)
+                if isinstance(cause, NotFiniteError):
+                    reason = last_line(cause)
                     raise InputError(f"{reason}: {self.plan.dtype} overflows; try target.dtype=bfloat16") from None
+                if isinstance(cause, ValueError):
+                    raise InputError(last_line(cause)) from None
                 raise Lost(f"the evaluators could not start ({last_line(error)})") from error
             replica.progressed = time.monotonic()
         for split, evaluation in self.dense.items():

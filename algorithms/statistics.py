@@ -15,13 +15,18 @@ CHUNK = 1 << 18
 GRAM_READERS = frozenset({"h_inv_diag", "gram"})  # what cannot be had without the Gram matrix
 
 
+class NotFiniteError(ValueError):
+    """An input of a layer is infinite or NaN: mostly since a 16-bit dtype overflows."""
+
+
 class InputMoments:
     """Sums over the inputs of a linear layer, on the CPU; every statistic of the inputs follows from them.
 
     features: number of inputs of the layer. wants: names of statistics that will be asked for (see `statistic`), or
     "gram"; sums that none of them needs are not made. Sums of features are fp64, the Gram matrix Σ x xᵀ is fp32
     [features, features]. They are independent of how the inputs were split into calls but for rounding, and those of
-    several shards of the text add up (`merge`).
+    several shards of the text add up (`merge`). damping: that of the factor, once something has asked for it (see
+    `algorithms.updates`).
     """
 
     def __init__(self, features: int, wants: Iterable[str] = ()) -> None:
@@ -34,13 +39,15 @@ class InputMoments:
         self.sum_of_fourths = torch.zeros(features, dtype=torch.float64) if "x_kurtosis" in wants else None
         self.gram = torch.zeros(features, features) if wants & GRAM_READERS else None
         self._factor: Factor | None = None
+        self.damping: float | None = None
         self._derived: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """Take inputs [..., features] of any floating dtype and device into account.
 
-        Raises ValueError, and leaves the sums as they were, where the shape is wrong or an input is not finite.
+        Raises ValueError where the shape is wrong, NotFiniteError where an input is not finite, and leaves the sums as
+        they were.
         """
         features = len(self.sum)
         if x.ndim == 0 or x.shape[-1] != features:
@@ -57,7 +64,7 @@ class InputMoments:
                 total += term.sum(dim=0).cpu()
         if not added[1].isfinite().all():
             feature = int((~added[1].isfinite()).nonzero()[0])
-            raise ValueError(f"an input of the layer is not finite (feature {feature} of {features})")
+            raise NotFiniteError(f"an input of the layer is not finite (feature {feature} of {features})")
         self.count += len(rows)
         for total, more in zip(self._sums(), added, strict=True):
             total += more
@@ -107,6 +114,7 @@ class InputMoments:
         """Cholesky factor of the inverse Hessian, made once; needs the Gram matrix."""
         if self._factor is None:
             self._factor = factor(self.gram, self.count)
+            self.damping = self._factor.damping
         return self._factor
 
     def drop_gram(self) -> None:

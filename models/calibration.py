@@ -33,14 +33,19 @@ class _Collector:
             try:
                 self.moments[name].add(x)
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+                raise type(error)(f"{name}: {error}") from None
             self._last = (name, x)
         else:
             self.moments[name] = self.moments[owner]
 
 
+# By which an expert's inputs meet its weight, the second operand.
+PRODUCTS = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
 class _ExpertCalls(TorchFunctionMode):
-    """Sees the calls `linear(x, experts[e])` by which a fused expert meets the tokens that were routed to it."""
+    """Sees the calls by which a fused expert meets the tokens that were routed to it: `linear(x, experts[e])`, or
+    `x @ experts[e]` where experts are kept [in, out]."""
 
     def __init__(self, collector: _Collector, experts: list[Layer]) -> None:
         super().__init__()
@@ -48,7 +53,7 @@ class _ExpertCalls(TorchFunctionMode):
         self.names = {layer.weight.data_ptr(): layer.name for layer in experts}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is nn.functional.linear and args[1].data_ptr() in self.names:
+        if func in PRODUCTS and args[1].data_ptr() in self.names:
             self.collector.add(self.names[args[1].data_ptr()], args[0])
         return func(*args, **(kwargs or {}))
 

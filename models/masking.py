@@ -13,7 +13,7 @@ from autoprune.algorithms.allocation import allocate, nm_counts
 from autoprune.algorithms.language import Program, parse
 from autoprune.algorithms.profiles import BlockProfile
 from autoprune.algorithms.scores import BASELINES, NATIVE
-from autoprune.algorithms.statistics import InputMoments
+from autoprune.algorithms.statistics import GRAM_READERS, InputMoments
 from autoprune.algorithms.updates import DAMPING, compensate, conjugate_gradients, sparsegpt
 from autoprune.kernels.masks import matrix_mask, nm_mask, row_mask, tile_mask
 from autoprune.models.layers import Layer
@@ -109,6 +109,7 @@ class Chooser:
         self.algorithm = algorithm
         self.group = Group.parse(algorithm.group)
         self.program = None if algorithm.score in NATIVE else parse(algorithm.score)
+        self.hessian = bool(needs(algorithm) & GRAM_READERS)
 
     def block(
         self,
@@ -142,8 +143,6 @@ class Chooser:
         if dead:
             choice.dead[name] = dead
         update = self.algorithm.update
-        if (update != "none" or self.program is None) and moments.factor.damping > DAMPING:
-            choice.dampings[name] = moments.factor.damping
         updated = None
         if self.program is None:
             mask, updated = sparsegpt(weight.cpu(), moments.factor, self.group, sparsity)
@@ -154,6 +153,8 @@ class Chooser:
         if update == "cg":
             updated = conjugate_gradients(weight.cpu(), mask.cpu(), moments.gram, start=updated)
         choice.masks[name] = mask.to(weight.device)
+        if self.hessian and moments.damping > DAMPING:
+            choice.dampings[name] = moments.damping
         if update != "none":
             choice.updated[name] = updated.to(weight.device)  # Gram matrices live, and are used, on the CPU
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from autoprune.algorithms.algorithm import Algorithm, Allocation
-from autoprune.algorithms.statistics import GRAM_READERS
+from autoprune.algorithms.statistics import GRAM_READERS, NotFiniteError
 from autoprune.algorithms.tuning import Tuning, tune
 from autoprune.models.errors import InputError
 from autoprune.models.masking import Chooser, needs, planned_sparsities
@@ -25,10 +25,10 @@ class Measurement:
     """One algorithm, or the dense model, on one split.
 
     nll: nats per token over `tokens` scored tokens; kl: mean KL(dense ‖ pruned) per token, nats, 0 where it was not
-    asked for; both with the
-    standard error over windows. sparsity: achieved, of all prunable weights; block_sparsities likewise per block.
+    asked for; both with the standard error over windows. sparsity: achieved, of all prunable weights; block_sparsities likewise per block.
     fallbacks: experts that were pruned by magnitude for want of tokens. pruning_seconds: scores, selection and
-    updates; forward_seconds: everything else of this algorithm's way.
+    updates; forward_seconds: the rest of its way, of which algorithms side by side bear equal parts (statistics that
+    they share included).
     """
 
     nll: float
@@ -111,7 +111,9 @@ class Workbench:
 
         began = time.perf_counter()
         self.shard.walk(lanes, calibration, visit)
-        seconds = (time.perf_counter() - began) / len(lanes)
+        # The walk is shared; what each lane pruned in it is its own.
+        pruning = sum(lane.report.pruning_seconds for lane in lanes)
+        seconds = (time.perf_counter() - began - pruning) / len(lanes)
         return [self._finish(lane, split, seconds, divergence) for lane in lanes]
 
     def tune(self, algorithm: Algorithm, name: str, sparsity: float, evaluations: int, split: str) -> Tuning:
@@ -135,7 +137,7 @@ class Workbench:
         tokens = self.splits[split]
         began = time.perf_counter()
         self.shard.score(lane, tokens, self._references[split] if divergence else None)
-        seconds += time.perf_counter() - began - lane.report.pruning_seconds
+        seconds += time.perf_counter() - began
         return _measurement(lane.report, tokens.numel() - len(tokens), seconds)
 
 
@@ -146,8 +148,10 @@ def calibrate(
     wants = frozenset(statistics)
     try:
         shard.calibrate(tokens, wants, features)
-    except ValueError as error:
+    except NotFiniteError as error:
         raise InputError(f"{error}: {dtype} overflows on this model; try bfloat16 or float32") from None
+    except ValueError as error:
+        raise InputError(str(error)) from None
     if "g_rms" in wants:
         shard.backward(tokens)
 

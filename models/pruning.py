@@ -25,7 +25,7 @@ from autoprune.models.masking import Chooser, needs, planned_sparsities
 from autoprune.models.measuring import calibrate
 from autoprune.models.parts import PartWriter
 from autoprune.models.perplexity import Reference, perplexity, standard_error
-from autoprune.models.shard import Lane, ModelShard
+from autoprune.models.shard import GRADIENT_WINDOWS, Lane, ModelShard
 
 Progress = Callable[[str], None]
 
@@ -34,7 +34,8 @@ Progress = Callable[[str], None]
 class Perplexity:
     """`ppl_token@context` of a model: exp of `nll` (nats per token over `tokens` scored tokens).
 
-    kl: mean KL(reference ‖ model) per token, nats, where a reference model was given. Standard errors are over windows.
+    reference_perplexity: of a reference model over the same tokens, where one was given; kl: mean KL(reference ‖ model)
+    per token, nats. Standard errors are over windows.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Perplexity:
     perplexity: float
     standard_error: float | None
     reference: str | None = None
+    reference_perplexity: float | None = None
     kl: float | None = None
     kl_standard_error: float | None = None
 
@@ -120,7 +122,7 @@ def _whole_model(folder: Path, dtype: str, device: str | None, offload: bool = F
 def evaluate(
     model: str,
     corpus: str,
-    context: int = 2048,
+    context: int = 512,
     windows: int | None = None,
     dtype: str = "float32",
     device: str | None = None,
@@ -139,13 +141,16 @@ def evaluate(
     folder = resolve_model(model)
     check_model(folder, model, context)
     tokens = token_windows(text, load_tokenizer(folder), context, windows)
-    dense = None
+    dense = dense_nlls = None
     if reference is not None:
         other = resolve_model(reference)
         if not torch.equal(token_windows(text, load_tokenizer(other), context, windows), tokens):
             raise InputError(f"{reference} and {model} cut the text into different tokens: no KL divergence is defined")
         shard = _whole_model(other, dtype, device, offload)
-        dense = Reference(_through(shard, tokens).hidden, shard.model.logits)
+        lane = _through(shard, tokens)
+        shard.score(lane, tokens)
+        dense_nlls = lane.report.window_nlls
+        dense = Reference(lane.hidden, shard.model.logits)
     shard = _whole_model(folder, dtype, device, offload)
     lane = _through(shard, tokens)
     shard.score(lane, tokens, dense)
@@ -163,6 +168,7 @@ def evaluate(
         perplexity=perplexity(nll),
         standard_error=standard_error(nlls),
         reference=reference,
+        reference_perplexity=perplexity(sum(dense_nlls) / len(dense_nlls)) if dense_nlls else None,
         kl=sum(divergences) / len(divergences) if divergences else None,
         kl_standard_error=standard_error(divergences),
     )
@@ -193,7 +199,8 @@ def prune(
     model: bundled name, local folder or hub id; calibration: a corpus, of which at most `windows` windows of
     `context` tokens are used; dtype: what is computed in (the checkpoint keeps its own dtype).
     sequential: each block's statistics come from the output of the pruned blocks before it, not of the dense ones
-    (summaries for the allocation stay those of the dense model). offload: hold one block in memory at a time, and read
+    (summaries for the allocation, and gradients, which are of the first GRADIENT_WINDOWS windows, stay those of the
+    dense model). offload: hold one block in memory at a time, and read
     it from disk whenever it is needed, so that the model may be larger than the memory.
     Raises InputError, before anything is written, for unusable input.
     """
@@ -230,6 +237,7 @@ def prune(
             "windows": len(tokens),
             "context": context,
             "sequential": sequential,
+            **({"gradient_windows": min(len(tokens), GRADIENT_WINDOWS)} if "g_rms" in reads else {}),
         },
         "dtype": dtype,
         "profiles": [asdict(profile) for profile in shard.profiles],

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from autoprune.algorithms.algorithm import Algorithm, Sparsities
 from autoprune.algorithms.profiles import BlockProfile, block_profile
-from autoprune.algorithms.statistics import InputMoments
+from autoprune.algorithms.statistics import InputMoments, NotFiniteError
 from autoprune.models.blocks import DecoderRange
 from autoprune.models.calibration import input_moments, squared_gradients
 from autoprune.models.layers import Layer, replaced
 from autoprune.models.masking import BlockChoice, Chooser, needs
 from autoprune.models.parts import PartWriter
 from autoprune.models.perplexity import Reference, score_windows
+from autoprune.models.shelf import Shelf
 
 WINDOWS_AT_ONCE = 8  # bounds the memory of attention and activations; a block runs over chunks of this many windows
 # Gradients are of the first so many calibration windows: each takes a pass of its own, and the states that enter every
@@ -69,7 +70,7 @@ Visit = Callable[[int, Lane, "list[Layer]", "BlockChoice | None"], None]
 class ModelShard:
     """Blocks start … stop−1 of a model on one device. The dense weights are never written to.
 
-    offload: only one block is in memory at a time, read from disk when it is needed.
+    offload: only one block is in memory at a time, read from disk when it is needed; gradients are kept on disk, too.
     """
 
     def __init__(self, folder: Path, start: int, stop: int, dtype: str, device: str, offload: bool = False) -> None:
@@ -77,8 +78,8 @@ class ModelShard:
         self.model = DecoderRange(folder, start, stop, getattr(torch, dtype), self.device, offload)
         self.profiles: list[BlockProfile] = []
         self.moments: list[dict[str, InputMoments]] = []
-        self.gradients: list[dict[str, Tensor]] = [{} for _ in range(self.model.count)]
-        self._entered: list[Tensor] = []  # what entered each block, while gradients are still to be made
+        self.gradients = Shelf(on_disk=offload)  # root mean square per weight, fp32 by layer
+        self._entered = Shelf(on_disk=offload)  # what entered each block, while gradients are still to be made
         self._calibrated: Tensor | None = None  # what left the last block
         self._dense_states: dict[str, list[Tensor]] = {}
         self._checksum = None if offload else self.checksum()
@@ -100,16 +101,17 @@ class ModelShard:
 
         statistics: what algorithms will read; Gram matrices are freed as soon as what follows from them is known.
         features: which summaries allocations will read beside the usual ones (see `block_profile`).
-        Raises ValueError, naming block and layer, where an input is not finite.
+        Raises NotFiniteError, naming block and layer, where an input is not finite, ValueError where a weight is not.
         """
         wants = frozenset(statistics)
         hidden = self.enter(states)
-        self.moments, self.profiles, self._entered = [], [], []
+        self.moments, self.profiles = [], []
         for index in range(self.model.count):
             if "g_rms" in wants:
-                self._entered.append(hidden[:GRADIENT_WINDOWS].clone())
+                self._entered.put(index, {"states": hidden[:GRADIENT_WINDOWS].clone()})
             with self.model.open(index) as layers:
                 moments, hidden = self.collect(index, layers, hidden, wants)
+                self._check_experts(index, layers, moments)
                 for own in moments.values():
                     for name in wants - {"g_rms", "gram"}:
                         if own.count:
@@ -122,6 +124,15 @@ class ModelShard:
         self._calibrated = hidden[:GRADIENT_WINDOWS] if "g_rms" in wants and self.model.last else None
         return hidden.cpu()
 
+    def _check_experts(self, index: int, layers: list[Layer], moments: dict[str, InputMoments]) -> None:
+        """Each token goes to some expert: where none saw any, the family runs them in a way that is not seen."""
+        experts = [layer.name for layer in layers if layer.expert is not None]
+        if experts and not any(moments[name].count for name in experts):
+            raise ValueError(
+                f"block {self.model.start + index}, {experts[0]}: no expert was seen to meet a token: expected experts "
+                "that are applied one by one, as a linear layer or a matrix product; this family cannot be calibrated"
+            )
+
     def backward(self, upstream: Tensor) -> Tensor:
         """After `calibrate` with "g_rms": gradients of the mean NLL of each window by every prunable weight, over the
         first GRADIENT_WINDOWS windows.
@@ -132,21 +143,24 @@ class ModelShard:
         if self.model.last:
             hidden, tokens = self._calibrated, upstream[:GRADIENT_WINDOWS].to(self.device)
             parts = []
-            for window, ids in zip(hidden.split(1), tokens, strict=True):
-                with torch.enable_grad():
-                    window = window.clone().requires_grad_(True)
-                    loss = torch.nn.functional.cross_entropy(self.model.logits(window)[0, :-1].float(), ids[1:])
-                    parts.append(torch.autograd.grad(loss, window)[0])
+            with self.model.head():
+                for window, ids in zip(hidden.split(1), tokens, strict=True):
+                    with torch.enable_grad():
+                        window = window.clone().requires_grad_(True)
+                        loss = torch.nn.functional.cross_entropy(self.model.logits(window)[0, :-1].float(), ids[1:])
+                        parts.append(torch.autograd.grad(loss, window)[0])
             gradient = torch.cat(parts)
         else:
             gradient = upstream.to(self.device)
         for index in reversed(range(self.model.count)):
+            states = self._entered.pop(index)["states"].to(self.device)
             with self.model.open(index) as layers:
                 squares, gradient = squared_gradients(
-                    layers, self._entered.pop(), lambda hidden, i=index: self.model.run(i, hidden), gradient
+                    layers, states, lambda hidden, i=index: self.model.run(i, hidden), gradient
                 )
             windows = len(gradient)
-            self.gradients[index] = {name: (square / windows).sqrt_().cpu() for name, square in squares.items()}
+            means = {name: (square / windows).sqrt_().cpu() for name, square in squares.items()}
+            self.gradients.put(index, means)
         self._calibrated = None
         return gradient.cpu()
 
@@ -157,8 +171,12 @@ class ModelShard:
         try:
             with input_moments(layers, wants) as moments:
                 return moments, self._run_block(index, states)
-        except ValueError as error:
-            raise ValueError(f"block {self.model.start + index}, {error}") from None
+        except NotFiniteError as error:
+            block = f"block {self.model.start + index}"
+            broken = [layer.name for layer in layers if layer.weight.isnan().any()]  # infinite ones may overflow, too
+            if broken:
+                raise ValueError(f"{block}, {broken[0]}: a weight is NaN: the model is damaged") from None
+            raise NotFiniteError(f"{block}, {error}") from None
 
     @torch.inference_mode()
     def walk(self, lanes: Sequence[Lane], calibration: Tensor | None = None, visit: Visit = lambda *_: None) -> None:
@@ -184,8 +202,9 @@ class ModelShard:
         if lane.chooser is not None:
             if lane.calibration is not None:
                 moments, _ = self.collect(index, layers, lane.calibration, needs(lane.chooser.algorithm))
+            gradients = self.gradients.get(index)
             began = time.perf_counter()
-            choice = lane.chooser.block(layers, moments, self.gradients[index], lane.sparsities[index])
+            choice = lane.chooser.block(layers, moments, gradients, lane.sparsities[index])
             weights = choice.weights(layers)
             lane.report.pruning_seconds += time.perf_counter() - began
             prefix = f"block {self.model.start + index}, "

@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--score",
         default="wanda",
-        help="magnitude, wanda, ria, pruner-zero, obs-diag, sparsegpt, or a .py file with a score function",
+        help="magnitude, wanda, ria, pruner-zero, obs-diag, sparsegpt, or a .py file with a score function; the names "
+        "that `compare` prints, such as wanda/cg+sdsa, say update and allocation, too",
     )
     prune.add_argument(
         "--group",
@@ -84,11 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument(
         "--allocation",
-        default="sdsa",
-        help="uniform, sdsa, owl, dlp, dsa, alphapruning, atp, or explicit:0.5,0.6,… with one sparsity per block; "
-        "with @layer behind the name, per layer; parameters behind a colon: sdsa:tau=0.5,m=0.3",
+        help="uniform (the default for n:m), sdsa (otherwise), owl, dlp, dsa, alphapruning, atp, or "
+        "explicit:0.5,0.6,… with one sparsity per block; with @layer behind the name, per layer; parameters behind a "
+        "colon: sdsa:tau=0.5,m=0.3",
     )
-    prune.add_argument("--update", default="none", help="new values for the kept weights: none, sparsegpt or cg")
+    prune.add_argument("--update", help="new values for the kept weights: none (the default), sparsegpt or cg")
     prune.add_argument("--sparsity", type=float, help="share of the weights to remove, such as 0.6; n:m says it itself")
     prune.add_argument("--calibration", default="wikipedia-sample[0:40]", help="corpus (see evaluate --help)")
     prune.add_argument("--context", type=int, default=512)
@@ -201,6 +202,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _prune(options: argparse.Namespace) -> None:
+    from collections import Counter
     from dataclasses import replace
 
     from autoprune.algorithms.algorithm import Group
@@ -209,17 +211,26 @@ def _prune(options: argparse.Namespace) -> None:
     from autoprune.pipeline.population import baseline, read_allocation, read_score
     from autoprune.pipeline.progress import ConsoleProgress
 
-    algorithm = read_score(Path(options.score)) if options.score.endswith(".py") else baseline(options.score)
-    algorithm = replace(algorithm, allocation=read_allocation(options.allocation), update=options.update)
+    own = options.score.endswith(".py")
+    algorithm = read_score(Path(options.score)) if own else baseline(options.score)
+    says = {sign for sign in "/+" if sign in options.score and not own}
+    for sign, option, value in (("/", "--update", options.update), ("+", "--allocation", options.allocation)):
+        if sign in says and value is not None:
+            raise InputError(f"--score {options.score} and {option} {value} say the same thing twice: leave one out")
     sparsity = options.sparsity
-    if options.group:
-        try:
-            group = Group.parse(options.group)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        algorithm = replace(algorithm, group=options.group)
-        if group.kind == "n:m" and sparsity is None:
-            sparsity = 1 - group.first / group.second
+    try:
+        group = Group.parse(options.group or algorithm.group)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if group.kind == "n:m" and sparsity is None:
+        sparsity = 1 - group.first / group.second
+    allocation = options.allocation or ("uniform" if group.kind == "n:m" else "sdsa")
+    algorithm = replace(
+        algorithm,
+        group=options.group or algorithm.group,
+        allocation=algorithm.allocation if "+" in says else read_allocation(allocation),
+        update=options.update or algorithm.update,
+    )
     if sparsity is None:
         raise InputError("no --sparsity: give the share of the weights to remove, such as 0.6")
     sidecar = prune(
@@ -229,6 +240,13 @@ def _prune(options: argparse.Namespace) -> None:
     )  # fmt: skip
     achieved = sidecar["sparsity"]["achieved"]
     print(f"{options.out}: {achieved:.4%} of the weights of {len(sidecar['layers'])} linear layers pruned")
+    if group.kind == "n:m":
+        kept = Counter(round((1 - share) * group.second) for block in sidecar["sparsity"]["planned"] for share in block)
+        if len(kept) > 1:
+            counts = ", ".join(f"{n} in {kept[n]} layers" for n in sorted(kept))
+            print(
+                f"of every {group.second} weights are kept: {counts}; --allocation uniform keeps {group.first} in all"
+            )
     fallbacks = [name for name, layer in sidecar["layers"].items() if "fallback" in layer]
     if fallbacks:
         print(f"{len(fallbacks)} experts saw too few tokens and were pruned by magnitude: {', '.join(fallbacks[:5])}")
@@ -262,7 +280,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
         if result.kl is not None:
             error = result.kl_standard_error or 0
-            print(f"KL divergence to {result.reference}: {result.kl:.6f} ± {error:.4f} nats per token")
+            print(
+                f"{result.reference}: {result.reference_perplexity:.4f} on the same tokens; KL divergence to it "
+                f"{result.kl:.6f} ± {error:.4f} nats per token"
+            )
 
 
 def _zero_shot(options: argparse.Namespace) -> None:

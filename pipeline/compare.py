@@ -21,6 +21,7 @@ from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.allocation import needs as features_of
 from autoprune.algorithms.statistics import GRAM_READERS
 from autoprune.algorithms.tuning import Tuning
+from autoprune.models.catalogue import sha256_of
 from autoprune.models.checkpoint_files import weight_files
 from autoprune.models.corpora import Corpus, load_corpus, overlap, token_windows
 from autoprune.models.errors import InputError
@@ -142,7 +143,7 @@ def _subject(config: Comparison, model: str, texts: dict[str, Corpus]) -> Subjec
         blocks=load_config(folder).get_text_config().num_hidden_layers,
         checkpoint={
             "config": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
-            "weights": {path.name: path.stat().st_size for path in sorted(set(weight_files(folder).values()))},
+            "weights": {path.name: sha256_of(path) for path in sorted(set(weight_files(folder).values()))},
         },
         dtype=config.dtype,
         windows={name: token_windows(text, tokenizer, context, limits[name]) for name, text in texts.items()},

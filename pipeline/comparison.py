@@ -26,7 +26,7 @@ from autoprune.models.errors import InputError
 from autoprune.pipeline.config import DTYPES, Data, Tracking, check_data, check_name, one_of, plain, read_config
 from autoprune.pipeline.population import baseline, read_allocation
 
-SCHEMA = 1  # of a cell's file and key: raise it when the meaning of a figure changes, and everything is measured anew
+SCHEMA = 2  # of a cell's file and key: raise it when the meaning of a figure changes, and everything is measured anew
 TUNED = ":tuned"  # behind an allocation: its parameters are sought on the fitness split
 DENSE = "dense"
 
@@ -145,7 +145,7 @@ class Method:
 class Subject:
     """A model that methods are compared on.
 
-    checkpoint: what tells its weights from others of the same name (see `checkpoint_identity`). windows: token windows
+    checkpoint: what tells its weights from others of the same name: their sha256. windows: token windows
     int64 [n, L] by split. texts: by split, the corpus and the sha256 of its text. dtype: never "auto".
     """
 

@@ -13,12 +13,15 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from autoprune.algorithms.algorithm import Algorithm, Allocation
+from autoprune.algorithms.updates import DAMPING
+from autoprune.models import calibration, masking
 from autoprune.models.blocks import DecoderRange
 from autoprune.models.corpora import load_corpus, token_windows
 from autoprune.models.errors import InputError
 from autoprune.models.export import SIDECAR
 from autoprune.models.loading import load_tokenizer
 from autoprune.models.pruning import evaluate, prune
+from autoprune.pipeline.population import baseline
 
 WANDA = Algorithm("def score(W, x_norm):\n    return W.abs() * x_norm\n", "row")
 CONTEXT, WINDOWS = 24, 8
@@ -50,6 +53,7 @@ class Inputs:
 
     def __init__(self, model, prefix):
         self.squares, self.counts, self.weights = {}, {}, {}
+        self.in_out = model.config.model_type == "gpt_oss"  # how experts are kept
         for name, module in model.named_modules():
             if not name.startswith(prefix + "."):
                 continue
@@ -59,7 +63,8 @@ class Inputs:
                 assert fused == ["down_proj", "gate_up_proj"]
                 for expert in range(len(module.down_proj)):
                     for key in fused:
-                        self.weights[f"{name}.{key}.{expert}"] = parameters[key].data[expert]
+                        weight = parameters[key].data[expert]
+                        self.weights[f"{name}.{key}.{expert}"] = weight.T if self.in_out else weight
                 module.register_forward_pre_hook(lambda m, inputs, n=name: self.routed(n, m, *inputs))
             elif name.endswith("gate"):
                 pass  # weighs experts: never pruned
@@ -80,8 +85,14 @@ class Inputs:
             x = hidden.reshape(-1, hidden.shape[-1])[(index == expert).any(-1)]
             if len(x):
                 self.note(f"{name}.gate_up_proj.{expert}", x)
-                gate, up = (x @ experts.gate_up_proj[expert].T).chunk(2, -1)
-                self.note(f"{name}.down_proj.{expert}", experts.act_fn(gate) * up)
+                if self.in_out:
+                    joined = x @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
+                    gate, up = joined[:, ::2].clamp(max=experts.limit), joined[:, 1::2]
+                    between = gate * torch.sigmoid(gate * experts.alpha) * (up.clamp(-experts.limit, experts.limit) + 1)
+                else:
+                    gate, up = (x @ experts.gate_up_proj[expert].T).chunk(2, -1)
+                    between = experts.act_fn(gate) * up
+                self.note(f"{name}.down_proj.{expert}", between)
 
     def norm(self, name):
         return (self.squares[name] / self.counts[name]).sqrt().float()
@@ -97,10 +108,7 @@ def loop_mask(weight, norm, sparsity):
     return mask
 
 
-PRUNED_FAMILIES = [name for name in FAMILIES if name != "gpt_oss"]  # its experts add biases: it has a test of blocks
-
-
-@pytest.mark.parametrize("family", PRUNED_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("offload", [False, True])
 def test_masks_of_a_family_equal_plain_loops(tmp_path, text, family, offload):
     folder = tiny_family(tmp_path / "model", family)
@@ -126,6 +134,26 @@ def test_masks_of_a_family_equal_plain_loops(tmp_path, text, family, offload):
 
 def changes(name, weights):
     return name.removesuffix(".weight") in weights or f"{name}.0" in weights
+
+
+def test_a_weight_that_is_nan_is_named(tmp_path, text):
+    folder = tiny_family(tmp_path / "model", "llama")
+    save_byte_tokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = math.nan
+    model.save_pretrained(folder)
+    with pytest.raises(InputError, match="block 1, mlp.up_proj: a weight is NaN: the model is damaged"):
+        prune(str(folder), WANDA, 0.5, text, tmp_path / "out", context=CONTEXT, windows=WINDOWS, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_are_never_seen_are_refused(tmp_path, text, monkeypatch):
+    """A family whose experts are applied in some other way must not be pruned by magnitude without a word."""
+    folder = tiny_family(tmp_path / "model", "gpt_oss")
+    save_byte_tokenizer(folder)
+    monkeypatch.setattr(calibration, "PRODUCTS", (torch.nn.functional.linear,))
+    with pytest.raises(InputError, match="block 0, mlp.experts.*no expert was seen"):
+        prune(str(folder), WANDA, 0.5, text, tmp_path / "out", context=CONTEXT, windows=WINDOWS, device="cpu")
 
 
 def test_an_expert_that_saw_few_tokens_falls_back_to_magnitude_and_says_so(tmp_path, text):
@@ -246,6 +274,29 @@ def test_evaluate_with_a_reference(tmp_path, tiny_model, text):
     assert offloaded == result
     same = evaluate(str(tiny_model), text, reference=str(tiny_model), **options)
     assert same.kl == pytest.approx(0, abs=1e-7)
+    dense = evaluate(str(tiny_model), text, **options)
+    assert result.reference_perplexity == dense.perplexity != result.perplexity
+
+
+@pytest.mark.parametrize("score", ["obs-diag", "sparsegpt", "wanda/cg", "wanda"])
+def test_more_damping_than_usual_is_said(tmp_path, tiny_model, text, monkeypatch, score):
+    """Whatever reads the Hessian says so; what does not has nothing to say."""
+    monkeypatch.setattr(masking, "DAMPING", 0.0)  # what is usual
+    layers = prune(str(tiny_model), baseline(score), 0.5, text, tmp_path / "out", CONTEXT, device="cpu")["layers"]
+    said = [layer["damping"] for layer in layers.values() if "damping" in layer]
+    assert len(said) == (0 if score == "wanda" else len(layers)) and set(said) <= {DAMPING}
+
+
+def test_gradients_on_disk_are_those_in_memory(tmp_path, tiny_model, text):
+    files = []
+    for offload in (False, True):
+        out = tmp_path / str(offload)
+        sidecar = prune(
+            str(tiny_model), baseline("pruner-zero"), 0.5, text, out, CONTEXT, device="cpu", offload=offload
+        )
+        assert sidecar["calibration"]["gradient_windows"] == min(16, sidecar["calibration"]["windows"])
+        files.append((out / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
 
 
 def test_dead_inputs_and_a_singular_hessian_are_handled_and_said(tmp_path, text):

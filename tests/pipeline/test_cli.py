@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors import safe_open
 
 from autoprune.pipeline.cli import main
 
@@ -187,6 +188,27 @@ def test_prune_then_evaluate(capsys, tmp_path, tiny_model, text):
         assert main(["evaluate", "--model", str(model), "--corpus", f"{text}[6:]", "--json", *common]) == 0
         nlls.append(json.loads(capsys.readouterr().out)["nll"])
     assert nlls[0] != nlls[1]
+
+
+def test_a_pattern_is_kept_unless_another_allocation_is_asked_for(capsys, tmp_path, tiny_model, text):
+    common = ["prune", "--model", str(tiny_model), "--calibration", f"{text}[0:6]", "--context", "32", "--group", "2:4"]
+    assert main([*common, "--out", str(tmp_path / "a")]) == 0
+    assert "of every 4" not in capsys.readouterr().out
+    with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
+        weight = file.get_tensor("model.layers.0.mlp.down_proj.weight")
+    assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all()
+    assert main([*common, "--out", str(tmp_path / "b"), "--allocation", "explicit:0.25,0.5,0.5,0.75"]) == 0
+    printed = capsys.readouterr().out
+    assert "of every 4 weights are kept: 1 in 7 layers, 2 in 14 layers, 3 in 7 layers" in printed
+
+
+def test_a_score_named_as_compare_names_it(capsys, tmp_path, tiny_model, text):
+    how = ["--model", str(tiny_model), "--calibration", str(text), "--context", "32", "--sparsity", "0.5"]
+    assert main(["prune", *how, "--score", "wanda/cg+owl:lam=0.05", "--out", str(tmp_path / "a")]) == 0
+    algorithm = json.loads((tmp_path / "a" / "autoprune.json").read_text())["algorithm"]
+    assert algorithm["update"] == "cg" and algorithm["allocation"]["name"] == "owl"
+    twice = ["--score", "wanda/cg", "--update", "none", "--out", tmp_path / "b"]
+    assert "say the same thing twice" in refused(capsys, "prune", *how, *twice)
 
 
 def test_prune_with_every_option(capsys, tmp_path, tiny_model, text):
