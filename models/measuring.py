@@ -25,10 +25,10 @@ class Measurement:
     """One algorithm, or the dense model, on one split.
 
     nll: nats per token over `tokens` scored tokens; kl: mean KL(dense ‖ pruned) per token, nats, 0 where it was not
-    asked for; both with the standard error over windows. sparsity: achieved, of all prunable weights; block_sparsities likewise per block.
-    fallbacks: experts that were pruned by magnitude for want of tokens. pruning_seconds: scores, selection and
-    updates; forward_seconds: the rest of its way, of which algorithms side by side bear equal parts (statistics that
-    they share included).
+    asked for; both with the standard error over windows. sparsity: achieved, of all prunable weights;
+    block_sparsities likewise per block. fallbacks: experts that were pruned by magnitude for want of tokens.
+    pruning_seconds: scores, selection and updates; forward_seconds: the rest of its way, of which algorithms side by
+    side bear equal parts (statistics that they share included).
     """
 
     nll: float
