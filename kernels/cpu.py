@@ -1,4 +1,4 @@
-"""Masks on a CPU, by numpy, in as many threads as torch is set to use; `kernels.masks` is their public face."""
+"""Masks on a CPU, in as many threads as torch is set to use; `kernels.masks` is their public face."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ SHARE = 1 << 17  # the fewest scores that a thread is woken for: measured, 110,0
 SAMPLE = 1 << 15  # of a row longer than CHUNK, to find about where its threshold is
 
 
+def bits_of(value: float, dtype: torch.dtype) -> int:
+    return torch.tensor(value, dtype=dtype).view(BITS[dtype]).item()
+
+
 def refuse_nan(scores: Tensor) -> None:
     """On any device. Raises ValueError, which says how many scores are NaN, where there is one."""
     if scores.numel() and scores.min().isnan():  # a minimum propagates NaN and needs no memory
@@ -32,15 +36,15 @@ def refuse_nan(scores: Tensor) -> None:
 class _Ordered:
     """Scores on a CPU as integers in the same order, in which −0.0 equals 0.0: `ordered[index]`, as of an array.
 
-    The bits of floats are in their order where no sign is set, and integers are compared and partitioned faster than
-    floats, which numpy has to guard against NaN: partition takes 1.6 times less time with AVX2, 1.2 with AVX-512.
+    The bits of floats are in their order where no sign is set; integers are compared faster than floats, and sorted
+    without a guard against NaN.
     Raises ValueError for NaN, whose bits lie beyond those of infinity, in what is asked for.
     """
 
     def __init__(self, scores: Tensor) -> None:
         self.scores = scores
         self.bits = scores.view(BITS[scores.dtype]).numpy()
-        self.infinity = torch.tensor(math.inf, dtype=scores.dtype).view(BITS[scores.dtype]).item()
+        self.infinity = bits_of(math.inf, scores.dtype)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """May be a view of the scores: not to be written to."""
@@ -81,55 +85,43 @@ def _pool(workers: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, "masks")
 
 
-def partition_mask(rows: Tensor, k: int) -> Tensor:
-    """`masks.row_mask` by numpy's SIMD quickselect, chunk by chunk. 0 < k < width.
-
-    On AMD processors with AVX-512 (measured on an EPYC, Zen 4) numpy picks a variant of it that is 3 to 5 times slower
-    than the AVX2 one; NPY_DISABLE_CPU_FEATURES=AVX512F in the environment, set before numpy is imported, avoids it.
-    """
+def select_mask(rows: Tensor, k: int) -> Tensor:
+    """`masks.row_mask`, by counting (`kernels.compiled`). 0 < k < width."""
     height, width = rows.shape
-    mask = np.empty(rows.shape, dtype=np.bool_)
+    bits, mask = rows.view(BITS[rows.dtype]).numpy(), np.empty(rows.shape, dtype=np.bool_)
     if width > CHUNK:
         for scores, kept in zip(rows, mask, strict=True):
-            _long_row(_Ordered(scores), k, kept)
+            _long_row(scores, k, kept)
         return torch.from_numpy(mask)
-    ordered, step = _Ordered(rows), CHUNK // width
+    step = CHUNK // width
 
     def work(part: range) -> None:
-        # numpy's 16-bit quickselect needs AVX-512, and is 7 times slower than the 32-bit one without.
-        buffer = np.empty((min(step, len(part)), width), np.result_type(ordered.bits, np.int32))
         for start in part[::step]:
-            stop = min(start + step, part.stop)
-            _select(ordered[start:stop], k, mask[start:stop], buffer[: stop - start])
+            here = slice(start, min(start + step, part.stop))
+            _select(rows, np.ascontiguousarray(bits[here]), k, mask[here])
 
     _in_threads(work, height, rows.numel())
     return torch.from_numpy(mask)
 
 
-def _select(keys: np.ndarray, k: int, kept: np.ndarray, buffer: np.ndarray) -> None:
-    """Write the mask of integers [rows, width] to `kept`; the buffer has their shape. 0 < k < width."""
-    buffer[...] = keys
-    buffer.partition(k - 1, axis=1)
-    threshold = buffer[:, k - 1 : k]
-    np.greater(keys, threshold, out=kept)
-    # No row can have more than width − k keys above its k-th lowest: a full total means that every row is full.
-    height, width = keys.shape
-    if np.count_nonzero(kept) < (width - k) * height:
-        missing = (width - k) - kept.sum(axis=1)
-        ties = np.flatnonzero(keys == threshold)  # row-major
-        ends = np.searchsorted(ties, width * np.arange(1, height + 1))
-        row = np.repeat(np.arange(height), np.diff(ends, prepend=0))
-        last = ends[row] - np.arange(len(ties)) <= missing[row]  # of a row's ties as many as are missing
-        kept.reshape(-1)[ties[last]] = True
+def _select(scores: Tensor, bits: np.ndarray, k: int, kept: np.ndarray) -> None:
+    """Write the mask of rows of bits, of these scores or of some of them, to `kept`. 0 < k < width."""
+    from autoprune.kernels.compiled import select_rows  # here, since only a CPU needs numba, and it takes a second
+
+    infinity, octave = (bits_of(value, scores.dtype) for value in (math.inf, 2.0))
+    octave -= bits_of(1.0, scores.dtype)
+    # An eighth of an octave holds about an eighth of a row, or so: only where to look next in the first row.
+    if not select_rows(bits, k, bits.dtype.type(infinity), octave / bits.shape[1], kept):
+        refuse_nan(scores)
 
 
-def _long_row(ordered: _Ordered, k: int, kept: np.ndarray) -> None:
+def _long_row(scores: Tensor, k: int, kept: np.ndarray) -> None:
     """Write the mask of one row [width] to `kept`. 0 < k < width.
 
     A sample says between which two values the threshold lies, but for rare cases; only the scores between them, a few
-    in a hundred, need to be partitioned. The sample decides how long it takes, never the result.
+    in a hundred, need a closer look. The sample decides how long it takes, never the result.
     """
-    width = len(kept)
+    ordered, width = _Ordered(scores), len(kept)
     sample = np.sort(ordered[np.random.default_rng(0).integers(width, size=SAMPLE)])
     middle = k * SAMPLE // width
     margin = 4 * math.sqrt(SAMPLE * k / width * (1 - k / width)) + 1  # four standard deviations of a rank
@@ -152,8 +144,7 @@ def _long_row(ordered: _Ordered, k: int, kept: np.ndarray) -> None:
         inside, count, equal = np.arange(width), k, False
     chosen = np.arange(len(inside))[None] >= count
     if not equal and 0 < count < len(inside):
-        keys = ordered[inside][None]
-        _select(keys, count, chosen, np.empty(keys.shape, np.result_type(keys, np.int32)))
+        _select(scores, ordered.bits[inside][None], count, chosen)
     kept[inside] = chosen[0]
 
 

@@ -2,7 +2,7 @@
 
 The result is that of a stable ascending sort (`kernels.reference`), found by selection, which is linear: take the
 k-th lowest score as threshold, keep what is above it, and look closer only where ties straddle the threshold.
-On a CPU numpy does this (`kernels.cpu`), on any other device torch.
+On a CPU compiled loops and numpy do this (`kernels.cpu`), on any other device torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.kernels.cpu import BITS, pairwise_mask, partition_mask, refuse_nan
+from autoprune.kernels.cpu import BITS, pairwise_mask, refuse_nan, select_mask
 
 # Groups of up to so many scores are ranked by comparing all pairs; selection, as in rows, is faster from about 12 on
 # where scores differ (measured at 1536x8960: 23 and 151 ms of one core for m = 4, 51 and 30 for m = 16), but takes
@@ -32,7 +32,7 @@ def row_mask(scores: Tensor, k: int) -> Tensor:
     """
     if scores.ndim != 2:
         raise ValueError(f"scores must be a matrix [out, in], got shape {tuple(scores.shape)}")
-    return _mask(scores, k, partition_mask, _torch_mask)
+    return _mask(scores, k, select_mask, _torch_mask)
 
 
 def matrix_mask(scores: Tensor, k: int) -> Tensor:
@@ -40,7 +40,7 @@ def matrix_mask(scores: Tensor, k: int) -> Tensor:
 
     As `row_mask` otherwise; scores of any shape, k within 0..numel, exactly numel − k True in all.
     """
-    return _mask(scores.reshape(1, -1), k, partition_mask, _torch_mask).reshape(scores.shape)
+    return _mask(scores.reshape(1, -1), k, select_mask, _torch_mask).reshape(scores.shape)
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
@@ -52,7 +52,7 @@ def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
         raise ValueError(f"scores of shape {tuple(scores.shape)} cannot be cut into groups of {m} along a row")
     groups = scores.reshape(scores.numel() // m, m)
     few = (pairwise_mask, _torch_pairwise_mask)
-    return _mask(groups, n, *(few if m <= PAIRWISE else (partition_mask, _torch_mask))).reshape(scores.shape)
+    return _mask(groups, n, *(few if m <= PAIRWISE else (select_mask, _torch_mask))).reshape(scores.shape)
 
 
 def tile_mask(scores: Tensor, k: int, rows: int, columns: int) -> Tensor:

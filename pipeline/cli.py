@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from pathlib import Path
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    _prefer_fast_selection()
     from autoprune.models.errors import InputError, Lost
 
     try:
@@ -37,19 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def _prefer_fast_selection() -> None:
-    """numpy picks its AVX-512 quickselect on AMD processors that have it, where the AVX2 one is 2 to 4 times faster.
-
-    Read when numpy is imported, here and in the actors, which inherit it; what the user has set stays.
-    """
-    try:
-        processor = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return
-    if "AuthenticAMD" in processor and " avx512f" in processor:
-        os.environ.setdefault("NPY_DISABLE_CPU_FEATURES", "AVX512F")
 
 
 def _parser() -> argparse.ArgumentParser:

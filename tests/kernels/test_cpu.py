@@ -1,5 +1,6 @@
 """Chunks, threads and samples on a CPU: they change how long a mask takes, and nothing in it."""
 
+import math
 import os
 import signal
 import threading
@@ -96,3 +97,18 @@ def test_nan_in_any_chunk_is_refused():
             masks.matrix_mask(scores, 5)
         with threads(2, CHUNK=4, SHARE=1), pytest.raises(ValueError, match="1 of 10 scores are NaN"):
             masks.row_mask(scores.reshape(5, 2), 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_to_look_first_may_be_far_off(dtype):
+    """Rows whose thresholds lie anywhere, both signs and infinities among them, and rows of two values."""
+    generator = torch.Generator().manual_seed(0)
+    finfo = torch.finfo(dtype)
+    exponents = torch.linspace(math.log2(finfo.tiny), math.log2(finfo.max) - 4, 60).double()[torch.randperm(60)]
+    scores = torch.randn(60, 333, generator=generator, dtype=torch.float64) * exponents.exp2()[:, None]
+    scores[::3] = scores[::3].abs()
+    scores[1::6] = torch.where(scores[1::6] > 0, math.inf, -math.inf)
+    least, most = torch.tensor([finfo.smallest_normal, finfo.max], dtype=torch.float64)
+    scores[5::10] = torch.where(scores[5::10] > 0, most, least)
+    for k in (1, 166, 200, 332):
+        assert torch.equal(masks.row_mask(scores.to(dtype), k), reference.row_mask(scores.to(dtype), k))

@@ -1,0 +1,109 @@
+"""Selection on a CPU, compiled by numba when it is first called; the compiled code is kept on disk.
+
+The loops over a row are plain counts and comparisons of integers, which the compiler turns into vector instructions.
+None holds the interpreter's lock, so that rows are done in threads (`kernels.cpu`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+ROUNDS_BETWEEN = 4  # of interpolation, before the bracket is narrowed to keys that exist
+
+
+@njit(nogil=True, cache=True)
+def select_rows(bits: np.ndarray, k: int, infinity: int, spacing: float, kept: np.ndarray) -> bool:
+    """Write the mask of `masks.row_mask` to `kept`, bool [rows, width]; False, and nothing of use there, for NaN.
+
+    bits: integers, contiguous [rows, width], that hold the bits of floats; infinity: the bits of infinity;
+    spacing: about how far apart the bits of a row's scores lie. 0 < k < width.
+    """
+    height, width = bits.shape
+    buffer = np.empty(width, bits.dtype)
+    guess = np.int64(abs(bits[0, 0])) if height else np.int64(0)
+    for r in range(height):
+        keys = bits[r]
+        outside = False
+        for j in range(width):
+            outside |= (keys[j] < 0) | (keys[j] > infinity)
+        if outside:
+            keys = buffer
+            if not _ordered(bits[r], infinity, keys):
+                return False
+        # Rows of a matrix have similar thresholds: the last one is where to look first.
+        guess, upto, spacing = _threshold(keys, k, guess, spacing, np.int64(infinity))
+        threshold, row = keys.dtype.type(guess), kept[r]
+        for j in range(width):
+            row[j] = keys[j] > threshold
+        j = width - 1
+        while upto > k:  # too many equal the threshold: the last ones stay
+            if keys[j] == threshold:
+                row[j] = True
+                upto -= 1
+            j -= 1
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _ordered(bits: np.ndarray, infinity: int, keys: np.ndarray) -> bool:
+    """Sign and magnitude → integers in the order of the floats, −0.0 as 0.0. False where one is NaN."""
+    greatest = np.iinfo(bits.dtype).max
+    nan = False
+    for j in range(len(bits)):
+        magnitude = bits[j] & greatest
+        nan |= magnitude > infinity
+        keys[j] = -magnitude if bits[j] < 0 else magnitude
+    return not nan
+
+
+@njit(nogil=True, cache=True)
+def _threshold(keys: np.ndarray, k: int, guess: int, spacing: float, ceiling: int) -> tuple[int, int, float]:
+    """A number that k keys do not exceed, or the k-th lowest key where there is no such number; how many do not
+    exceed it; and about how far apart the keys lie there, of which `spacing` is an estimate beforehand.
+
+    The first guesses are to lie on both sides of the threshold. Between the bounds of that bracket, which fewer than k
+    and at least k keys do not exceed, the next ones are interpolated from the counts at the bounds. That one side does
+    not stay where it was, and that equal keys end the search, is seen to by narrowing the bracket to keys that exist,
+    and halving it, every few rounds.
+    """
+    floor = -ceiling - 1
+    low, below, high, upto = floor, 0, ceiling, len(keys)
+    middle, rounds, overshoot = guess, 0, 1.5
+    while upto > k and low + 1 < high:
+        if not low < middle < high:
+            middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        bound, count = keys.dtype.type(middle), np.int32(0)  # in 64 bits: half as fast
+        for j in range(len(keys)):
+            count = np.int32(count + (keys[j] <= bound))
+        if count < k:
+            low, below = middle, count
+        else:
+            high, upto = middle, count
+        if low == floor or high == ceiling:
+            lacking = k - count
+            middle += np.int64(spacing * overshoot * (lacking + (3 if lacking > 0 else -3)))
+            overshoot *= 3
+            continue
+        if rounds == 0:
+            spacing = (np.float64(high) - np.float64(low)) / (upto - below)
+        rounds += 1
+        middle = low
+        if rounds % ROUNDS_BETWEEN:
+            share = (k + 0.5 - below) / (upto + 1 - below)
+            middle = np.int64(low + (np.float64(high) - np.float64(low)) * share)
+        else:
+            low, high = _narrowed(keys, low, high)
+    return high, upto, spacing
+
+
+@njit(nogil=True, cache=True)
+def _narrowed(keys: np.ndarray, low: int, high: int) -> tuple[int, int]:
+    """The bracket low < key ≤ high, made as narrow as the keys inside of it, of which there are some."""
+    above, under = keys.dtype.type(low), keys.dtype.type(high)
+    least, most = under, above
+    for j in range(len(keys)):
+        key = keys[j]
+        least = min(least, key if key > above else under)
+        most = max(most, key if key <= under else above)
+    return np.int64(least) - 1, np.int64(most)
