@@ -207,6 +207,7 @@ def test_a_score_named_as_compare_names_it(capsys, tmp_path, tiny_model, text):
     assert main(["prune", *how, "--score", "wanda/cg+owl:lam=0.05", "--out", str(tmp_path / "a")]) == 0
     algorithm = json.loads((tmp_path / "a" / "autoprune.json").read_text())["algorithm"]
     assert algorithm["update"] == "cg" and algorithm["allocation"]["name"] == "owl"
+    capsys.readouterr()
     twice = ["--score", "wanda/cg", "--update", "none", "--out", tmp_path / "b"]
     assert "say the same thing twice" in refused(capsys, "prune", *how, *twice)
 
