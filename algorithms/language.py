@@ -1,25 +1,23 @@
-"""The algorithm language: read a candidate's score function, run it, check its shapes; read a model's whole answer."""
+"""The algorithm language: read a candidate's score function and run it; read a model's whole answer."""
 
 from __future__ import annotations
 
 import re
 import textwrap
-import traceback
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from autoprune.algorithms.algorithm import GROUPS, Algorithm, Allocation
 from autoprune.algorithms.operations import OPERATIONS
 from autoprune.algorithms.reader import LanguageError, canonical
 from autoprune.algorithms.rules import DEFAULTS
-from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
+from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS
 
-__all__ = ["LanguageError", "Program", "Proposal", "check_shapes", "parse", "parse_answer"]
+__all__ = ["LanguageError", "Program", "Proposal", "parse", "parse_answer"]
 
 # All of torch that a program can name.
 FUNCTIONS = SimpleNamespace(**{o.name: getattr(torch, o.name) for o in OPERATIONS if o.form == "function"})
@@ -27,9 +25,6 @@ FUNCTIONS = SimpleNamespace(**{o.name: getattr(torch, o.name) for o in OPERATION
 # Where a number stands in place of a tensor, torch looks its own classes of numbers up: by an import, on behalf of the
 # calling function, the first time in a process. A program has no builtins to import with, so this is the first time.
 torch.ones(1).clamp(min=0.5)
-
-# Wide, tall and square: what is right for all three is right for every shape, and no [in, in] or [out, out] passes.
-SHAPES = ((5, 7), (7, 5), (6, 6))
 
 # What an answer may choose for SDSA: lowest and highest; where it names none, the rule's default holds.
 SDSA_BOUNDS = {"tau": (0.1, 4.0), "m": (0.0, 0.95), "depth": (0.0, 0.9)}
@@ -75,48 +70,12 @@ def _dtype(tensor: Tensor) -> str:
 def parse(source: str) -> Program:
     """Read a score function, with any local names, from any source; a leading `import torch` is dropped.
 
-    Raises LanguageError for everything outside the language. Shapes are not checked here, but by `check_shapes`.
+    Raises LanguageError for everything outside the language. Shapes are not checked here, but by `cost.dry_run`.
     """
     text, reads = canonical(source)
     namespace: dict = {"__builtins__": {}, "range": range, "torch": FUNCTIONS}
     exec(compile(text, "<score>", "exec"), namespace)
     return Program(text, reads, namespace["score"])
-
-
-class _SizeLimit(TorchFunctionMode):
-    """Refuses results with more numbers than W has, such as outer products of a row with itself."""
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        super().__init__()
-        self.shape = shape
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.numel() > self.shape[0] * self.shape[1]:
-            raise LanguageError(f"a value of shape {list(result.shape)} is larger than W {list(self.shape)}")
-        return result
-
-
-def check_shapes(program: Program) -> None:
-    """Run the program on meta tensors (nothing is computed) of several shapes.
-
-    Raises LanguageError where an operation fails, a value outgrows W, or the result is not float32 of W's shape.
-    """
-    for rows, columns in SHAPES:
-        W = torch.empty(rows, columns, device="meta")
-        statistics = {name: torch.empty(STATISTICS[name].shape(rows, columns), device="meta") for name in program.reads}
-        try:
-            with _SizeLimit((rows, columns)):
-                program(W, statistics)
-        except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
-            raise LanguageError(_where(program, error)) from None
-
-
-def _where(program: Program, error: Exception) -> str:
-    """The first line of the message, and the program's line that raised it."""
-    message = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<score>"]
-    return f"in `{program.source.splitlines()[lines[-1] - 1].strip()[:160]}`: {message}" if lines else message
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from autoprune.algorithms.algorithm import Algorithm, Group
-from autoprune.algorithms.language import LanguageError, check_shapes, parse
+from autoprune.algorithms.cost import dry_run
+from autoprune.algorithms.language import LanguageError, parse
 from autoprune.algorithms.vocabulary import STATISTICS
 from autoprune.kernels.masks import matrix_mask, nm_mask, pack, row_mask, tile_mask
 
@@ -104,7 +105,7 @@ def probe(algorithm: Algorithm, sparsity: float) -> ProbeResult:
     except ValueError as error:
         raise LanguageError(str(error)) from None
     program = parse(algorithm.score)
-    check_shapes(program)
+    dry_run(program)
     masks = []
     for layer in _layers():
         W = layer.W.clone()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import os
 
 from autoprune.algorithms.operations import BY_NAME, KEYWORDS, OPERATIONS
 from autoprune.algorithms.vocabulary import STATISTICS
@@ -17,6 +18,9 @@ MAX_DEPTH = 40  # of the syntax tree; keeps every recursion below far from the i
 MAX_NODES = 1_000
 MAX_TURNS = 8  # of a loop; loops do not nest
 MAX_NUMBER = 1e9
+# Where a source is said to stand: for some errors Python opens the file of that name, to show a line of it. No file can
+# have this name.
+NOWHERE = f"{os.devnull}/candidate"
 MAX_MESSAGE = 400  # characters; a name in the source may be long
 
 OPERATORS = tuple(operation.name for operation in OPERATIONS if operation.form == "operator")
@@ -72,7 +76,7 @@ class _Reader:
                 raise _refuse(node, f"a loop is `for _ in range(N)`, N a literal up to {MAX_TURNS}, and not in a loop")
             case ast.Return(value=ast.expr() as value) if not in_loop:
                 return ast.Return(self.expression(value))
-        what = f"a {type(node).__name__} statement"
+        what = f"the statement {type(node).__name__}"
         if isinstance(node, ast.Return):
             what = "a return inside a loop" if in_loop else "a return without a value"
         raise _refuse(node, f"{what} is not in the language; expected `name = expression` or a final return")
@@ -116,7 +120,7 @@ class _Reader:
                 raise _refuse(node, f"the attribute '{name}' is not in the language; only calls of tensor methods are")
             case ast.Call():
                 raise _refuse(node, "only tensor methods and functions written torch.NAME(…) can be called")
-        raise _refuse(node, f"a {type(node).__name__} expression is not in the language")
+        raise _refuse(node, f"the expression {type(node).__name__} is not in the language")
 
     def number(self, node: ast.Constant) -> float:
         """Numbers become floats: powers of Python's integers could grow without bound."""
@@ -201,7 +205,7 @@ def _tree(source: str) -> ast.FunctionDef:
     if len(source) > MAX_SOURCE:
         raise LanguageError(f"the source has {len(source)} characters, at most {MAX_SOURCE} are read")
     try:
-        module = ast.parse(source)
+        module = ast.parse(source, NOWHERE)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f"line {error.lineno}, column {error.offset}: " if getattr(error, "lineno", None) else ""
         raise LanguageError(f"{where}not Python: {getattr(error, 'msg', None) or 'nested too deeply'}") from None

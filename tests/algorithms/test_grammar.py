@@ -8,8 +8,9 @@ import re
 import pytest
 import torch
 
+from autoprune.algorithms.cost import dry_run
 from autoprune.algorithms.grammar import Prose, Ref, answer_grammar, answer_rules
-from autoprune.algorithms.language import LanguageError, check_shapes, parse, parse_answer
+from autoprune.algorithms.language import LanguageError, parse, parse_answer
 from autoprune.algorithms.operations import BY_NAME, OPERATIONS
 from autoprune.algorithms.probe import probe
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
@@ -57,7 +58,7 @@ def test_nearly_every_derivation_can_be_used_and_many_differ(answers):
     masks = []
     for answer in answers[:200]:
         algorithm = parse_answer(answer).algorithm
-        check_shapes(parse(algorithm.score))
+        dry_run(parse(algorithm.score))
         try:
             masks.append(probe(algorithm, 0.6).mask)
         except LanguageError:
@@ -151,7 +152,7 @@ def test_answers_read_all_that_is_offered_and_nothing_else(offered):
         written += answer.partition("):\n")[2]
         algorithm = parse_answer(answer, statistics=offered).algorithm
         program = parse(algorithm.score)
-        check_shapes(program)
+        dry_run(program)
         assert re.search(r"\bW\.", program.source)
         reads += program.reads
         try:
@@ -215,7 +216,7 @@ class TestXgrammar:
     )
     def test_known_algorithms_can_be_written(self, accepts, body):
         assert accepts(HEAD + body)
-        check_shapes(parse(parse_answer(HEAD + body).algorithm.score))
+        dry_run(parse(parse_answer(HEAD + body).algorithm.score))
 
     @pytest.mark.parametrize(
         "body",

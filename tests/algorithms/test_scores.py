@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from autoprune.algorithms.algorithm import GROUPS, Algorithm
-from autoprune.algorithms.language import LanguageError, check_shapes, parse
+from autoprune.algorithms.cost import dry_run
+from autoprune.algorithms.language import LanguageError, parse
 from autoprune.algorithms.probe import probe
 from autoprune.algorithms.scores import BASELINES, NATIVE
 
@@ -79,7 +80,7 @@ def test_pruner_zero_does_not_depend_on_the_scale_of_the_gradients(scale):
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_baselines_pass_the_probe(name):
-    check_shapes(parse(BASELINES[name].source))
+    dry_run(parse(BASELINES[name].source))
     probe(Algorithm(BASELINES[name].source, BASELINES[name].group), 0.6)
 
 

@@ -1,0 +1,104 @@
+"""What a program would do to a layer, found without computing anything: its shapes, its work, its memory."""
+
+from __future__ import annotations
+
+import math
+import traceback
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from autoprune.algorithms.language import LanguageError, Program
+from autoprune.algorithms.vocabulary import STATISTICS
+
+# Wide, tall and square: what is right for all three is right for every shape, and no [in, in] or [out, out] passes.
+# So large that rows and columns weigh as little as they do in a model.
+SHAPES = ((512, 768), (768, 512), (640, 640))
+
+# Bounds that are far above what is written to prune (the costliest baseline, RIA, takes 7 operations and 4 matrices)
+# and keep a candidate's time below that of the model's own forward pass.
+MAX_OPERATIONS = 128
+MAX_MATRICES = 16
+# Element operations per element that a sort stands for: about log2 of a row's length.
+SORT = 12
+SORTS = frozenset({"argsort", "median", "quantile"})
+
+
+@dataclass(frozen=True)
+class Cost:
+    """operations: on elements, per weight. matrices: the most that is alive at a time beside W and the statistics, in
+    fp32 matrices of W's shape. Both are the greatest over SHAPES."""
+
+    operations: float
+    matrices: float
+
+
+class _Meter(TorchFunctionMode):
+    """Counts what is computed and what is alive; refuses results with more numbers than W has, such as outer products
+    of a row with itself, and whatever goes beyond the bounds, when it does."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.shape, self.numel = [rows, columns], rows * columns
+        self.operations = self.bytes = self.peak = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self._count(getattr(func, "__name__", ""), [a for a in args if isinstance(a, Tensor)], result)
+        return result
+
+    def _count(self, name: str, operands: list[Tensor], result: Tensor) -> None:
+        if result.numel() > self.numel:
+            raise LanguageError(f"a value of shape {list(result.shape)} is larger than W {self.shape}")
+        if result._is_view() or any(result is operand for operand in operands):
+            return
+        touched = max(tensor.numel() for tensor in (*operands, result))
+        if "matmul" in name:
+            touched = operands[0].numel() * math.prod(operands[-1].shape[1:])
+        self.operations += touched * (SORT if name in SORTS else 1)
+        size = result.numel() * result.element_size()
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(result, self._freed, size)
+        if self.operations > MAX_OPERATIONS * self.numel:
+            raise LanguageError(f"more than {MAX_OPERATIONS} operations per weight; write fewer or shorter loops")
+        if self.peak > MAX_MATRICES * 4 * self.numel:
+            raise LanguageError(f"more than {MAX_MATRICES} matrices of W's size are alive at a time; hold fewer")
+
+    def _freed(self, size: int) -> None:
+        self.bytes -= size
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(self.operations / self.numel, self.peak / (4 * self.numel))
+
+
+def dry_run(program: Program) -> Cost:
+    """Run the program on meta tensors (nothing is computed) of several shapes.
+
+    Raises LanguageError where an operation fails, a value outgrows W, a bound is passed, or the result is not float32
+    of W's shape.
+    """
+    costs = []
+    for rows, columns in SHAPES:
+        W = torch.empty(rows, columns, device="meta")
+        statistics = {name: torch.empty(STATISTICS[name].shape(rows, columns), device="meta") for name in program.reads}
+        meter = _Meter(rows, columns)
+        try:
+            with meter:
+                program(W, statistics)
+        except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
+            raise LanguageError(_where(program, error)) from None
+        costs.append(meter.cost)
+    return Cost(max(cost.operations for cost in costs), max(cost.matrices for cost in costs))
+
+
+def _where(program: Program, error: Exception) -> str:
+    """The first line of the message, and the program's line that raised it."""
+    message = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<score>"]
+    return f"in `{program.source.splitlines()[lines[-1] - 1].strip()[:160]}`: {message}" if lines else message
