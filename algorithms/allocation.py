@@ -178,7 +178,7 @@ def _summaries(allocation: Allocation, units: Sequence[Profile], depths: Sequenc
     summaries = [getattr(unit, field) for unit in units]
     for summary, depth in zip(summaries, depths, strict=True):
         if summary is None or not math.isfinite(summary):
-            state = "was not measured" if summary is None else f"is {summary}"
+            state = "was not measured, or does not exist," if summary is None else f"is {summary}"
             raise AllocationError(f"the allocation {allocation.name!r} reads {field}, which {state} in block {depth}")
     return summaries
 

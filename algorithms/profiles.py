@@ -23,7 +23,8 @@ class Profile:
     numel: number of prunable weights. skewness: E[(|w| − μ)³] / σ³ over all of them, 0 where |w| is constant (SDSA).
     outlier_share: percentage of A above OUTLIER_FACTOR times their mean, block and layer each by its own (OWL).
     score_mean: mean of A (DLP). log_score_variance: Var ln A over A > 0 (DSA), and tail_exponent: of the squared
-    singular values, of a block the mean over its layers (AlphaPruning): None unless they were asked for.
+    singular values, of a block the mean over its layers (AlphaPruning): None unless they were asked for, and the latter
+    where a weight has none.
     """
 
     numel: int
@@ -137,6 +138,6 @@ def block_profile(layers: Iterable[tuple[Tensor, Tensor]], wants: Iterable[str] 
         outlier_share=100.0 * outliers / numel,
         score_mean=block_mean,
         log_score_variance=logs.variance() if "log_score_variance" in wants else None,
-        tail_exponent=sum(exponents) / len(exponents) if "tail_exponent" in wants else None,
+        tail_exponent=None if None in exponents else sum(exponents) / len(exponents),
         layers=tuple(parts),
     )

@@ -12,7 +12,7 @@ CHUNK = 1 << 20
 
 
 @torch.no_grad()
-def tail_exponent(weight: Tensor) -> float:
+def tail_exponent(weight: Tensor) -> float | None:
     """Exponent α of a power law p(λ) ∝ λ^−α through the tail of the eigenvalues λ of WᵀW; a smaller α, a heavier tail.
 
     weight: [out, in], any floating dtype and device; the work is done in fp64 on its device. λ are the squared
@@ -25,7 +25,7 @@ def tail_exponent(weight: Tensor) -> float:
     matrix with no more than TAIL_POINTS eigenvalues has all of them as its tail.
     As AlphaPruning measures a layer ("Using Heavy-Tailed Self Regularization Theory for Improved Layer-wise Pruning of
     Large Language Models", arXiv 2410.10912), after Clauset, Shalizi and Newman, arXiv 0706.1062.
-    Raises ValueError where W is not a matrix of finite numbers, or no tail has two different eigenvalues.
+    None where no tail has two different eigenvalues. Raises ValueError where W is not a matrix of finite numbers.
     """
     if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
         raise ValueError(f"a weight must be a floating matrix [out, in], got {weight.dtype} {tuple(weight.shape)}")
@@ -36,7 +36,7 @@ def tail_exponent(weight: Tensor) -> float:
     rounding = max(weight.shape) * torch.finfo(torch.float64).eps  # relative to the largest eigenvalue
     logs = eigenvalues[eigenvalues > rounding * eigenvalues[-1]].log()
     if not len(logs) or logs[-1] - logs[0] <= rounding:
-        raise ValueError(f"a weight {list(weight.shape)} without two different eigenvalues has no tail exponent")
+        return None
     return _power_law(logs - logs[-1], rounding)  # logarithms near 0 in the tail: small sums, not differences of large
 
 

@@ -6,13 +6,23 @@ None holds the interpreter's lock, so that rows are done in threads (`kernels.cp
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
 ROUNDS_BETWEEN = 4  # of interpolation, before the bracket is narrowed to keys that exist
 
 
-@njit(nogil=True, cache=True)
+def compiled(function: Callable) -> Callable:
+    """Compiled when it is first called; kept on disk where there is a folder for that, beside this file or at home."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # nowhere to keep it: compiled anew in every process
+        return njit(nogil=True)(function)
+
+
+@compiled
 def select_rows(bits: np.ndarray, k: int, infinity: int, spacing: float, kept: np.ndarray) -> bool:
     """Write the mask of `masks.row_mask` to `kept`, bool [rows, width]; False, and nothing of use there, for NaN.
 
@@ -45,7 +55,7 @@ def select_rows(bits: np.ndarray, k: int, infinity: int, spacing: float, kept: n
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _ordered(bits: np.ndarray, infinity: int, keys: np.ndarray) -> bool:
     """Sign and magnitude → integers in the order of the floats, −0.0 as 0.0. False where one is NaN."""
     greatest = np.iinfo(bits.dtype).max
@@ -57,7 +67,7 @@ def _ordered(bits: np.ndarray, infinity: int, keys: np.ndarray) -> bool:
     return not nan
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _threshold(keys: np.ndarray, k: int, guess: int, spacing: float, ceiling: int) -> tuple[int, int, float]:
     """A number that k keys do not exceed, or the k-th lowest key where there is no such number; how many do not
     exceed it; and about how far apart the keys lie there, of which `spacing` is an estimate beforehand.
@@ -97,7 +107,7 @@ def _threshold(keys: np.ndarray, k: int, guess: int, spacing: float, ceiling: in
     return high, upto, spacing
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _narrowed(keys: np.ndarray, low: int, high: int) -> tuple[int, int]:
     """The bracket low < key ≤ high, made as narrow as the keys inside of it, of which there are some."""
     above, under = keys.dtype.type(low), keys.dtype.type(high)

@@ -235,7 +235,7 @@ class DecoderRange:
         """What leaves the last block [windows, L, D] → logits [windows, L, vocabulary]; of the last range only."""
         with self.head():
             try:
-                self._stand_ins[-1].answer = hidden
+                self._stand_ins[-1].answer = hidden.to(self.device)
                 return self.model(inputs_embeds=self._embeddings(tuple(hidden.shape[:2])), use_cache=False).logits
             finally:
                 self._forget()

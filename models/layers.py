@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from autoprune.models.checkpoint_files import Source
+from autoprune.models.errors import InputError
+
+MOST_UNKNOWN = 0.01  # of a block's weights may be of a kind that is not known, such as positions
 
 
 @dataclass(eq=False)
@@ -91,7 +95,7 @@ def block_layers(
     `config`; not what chooses or weighs experts: a linear of as many outputs as there are experts, or of one, beside
     them. sources: (tensor name inside the block, expert, transposed) → `Layer.sources`.
     """
-    counts = {value for key, value in config.to_dict().items() if "expert" in key and type(value) is int}
+    counts = set(_expert_counts(config.to_dict()))
     modules = dict(block.named_modules())
     fused: dict[str, list[str]] = {}  # name of a module → its 3-D parameters
     homes: list[tuple[str, str, int]] = []  # (what holds router and experts, the experts, how many)
@@ -117,16 +121,52 @@ def block_layers(
                 found = sources(f"{name}.weight", None, transposed)
                 layers.append(Layer(name, module.weight, None, module, found, transposed))
         for key in fused[name]:
-            # The first of them reads hidden states: in a module that keeps [experts, in, out], so do all.
+            # The first of several reads hidden states: in a module that keeps [experts, in, out], so do all.
             reads = getattr(module, fused[name][0]).shape
-            guess = reads[2] != config.hidden_size and reads[1] == config.hidden_size
+            several = len(fused[name]) > 1
+            guess = several and reads[2] != config.hidden_size and reads[1] == config.hidden_size
             transposed = getattr(module, "is_transposed", guess)
             parameter, full = getattr(module, key), f"{name}.{key}".lstrip(".")
             layers += [
                 Layer(f"{full}.{expert}", parameter, expert, None, sources(full, expert, transposed), transposed)
                 for expert in range(len(parameter))
             ]
+    _refuse_unknown(block, layers, counts)
     return layers
+
+
+def _expert_counts(config: dict) -> Iterator[int]:
+    """The numbers of experts that a configuration speaks of, also in its parts."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _expert_counts(value)
+        elif "expert" in str(key) and type(value) is int:
+            yield value
+
+
+def _refuse_unknown(block: nn.Module, layers: list[Layer], counts: set[int]) -> None:
+    """InputError where a noticeable part of a block is neither a layer that was found nor what is left alone: linear
+    modules that choose experts, convolutions, biases, vectors."""
+    known = {id(layer.parameter) for layer in layers}
+    for module in block.modules():
+        if isinstance(module, (nn.Linear, Conv1D, nn.modules.conv._ConvNd)):
+            known |= {id(parameter) for parameter in module.parameters(recurse=False)}
+    unknown = {
+        name: list(parameter.shape)
+        for name, parameter in block.named_parameters()
+        if parameter.ndim > 1 and id(parameter) not in known and "bias" not in name and len(parameter) not in counts
+    }
+    numel, total = (sum(map(math.prod, shapes)) for shapes in (unknown.values(), _shapes(block)))
+    if numel > MOST_UNKNOWN * total:
+        name, shape = next(iter(unknown.items()))
+        raise InputError(
+            f"a block has weights that cannot be read as linear layers, such as {name} {shape} ({numel / total:.0%} of "
+            "the block in all): expected linear modules, or experts kept together as [experts, …, …]"
+        )
+
+
+def _shapes(block: nn.Module) -> list[list[int]]:
+    return [list(parameter.shape) for parameter in block.parameters()]
 
 
 def has_linears(module: nn.Module) -> bool:

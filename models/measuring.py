@@ -26,7 +26,7 @@ class Measurement:
 
     nll: nats per token over `tokens` scored tokens; kl: mean KL(dense ‖ pruned) per token, nats, 0 where it was not
     asked for; both with the standard error over windows. sparsity: achieved, of all prunable weights;
-    block_sparsities likewise per block. fallbacks: experts that were pruned by magnitude for want of tokens.
+    block_sparsities likewise per block. fallbacks, dead_inputs, damped: see `ShardReport`.
     pruning_seconds: scores, selection and updates; forward_seconds: the rest of its way, of which algorithms side by
     side bear equal parts (statistics that they share included).
     """
@@ -40,6 +40,8 @@ class Measurement:
     sparsity: float
     block_sparsities: tuple[float, ...]
     fallbacks: tuple[str, ...]
+    dead_inputs: int
+    damped: int
     pruning_seconds: float
     forward_seconds: float
 
@@ -169,6 +171,8 @@ def _measurement(report: ShardReport, tokens: int, seconds: float) -> Measuremen
         sparsity=sum(report.pruned) / sum(report.numels),
         block_sparsities=tuple(p / n for p, n in zip(report.pruned, report.numels, strict=True)),
         fallbacks=tuple(report.fallbacks),
+        dead_inputs=report.dead_inputs,
+        damped=report.damped,
         pruning_seconds=report.pruning_seconds,
         forward_seconds=seconds,
     )

@@ -25,7 +25,7 @@ class Reference:
 
 def perplexity(nll: float) -> float:
     """exp(nll), infinite where that is too large for a number."""
-    return math.exp(nll) if nll < 700 else math.inf
+    return math.inf if nll >= 700 else math.exp(nll)
 
 
 def standard_error(values: list[float]) -> float | None:
@@ -42,7 +42,8 @@ def score_windows(
 
     hidden: [windows, L, D] as it leaves the last block; tokens: int64 [windows, L]; logits: from such states to
     [windows, L, vocabulary]. A window's first token is not scored, so each window has L − 1 scored tokens. Logits are
-    made one window at a time: they are the largest tensor. Without a reference there is no KL: an empty list.
+    made one window at a time: they are the largest tensor. Without a reference there is no KL: an empty list. Where one
+    of the two models pads its vocabulary further, the KL is over what they share.
     """
     nlls, divergences = [], []
     for window, ids in enumerate(tokens):
@@ -50,7 +51,8 @@ def score_windows(
         nlls.append(nn.functional.cross_entropy(predicted, ids[1:].to(predicted.device)).item())
         if reference is not None:
             dense = reference.logits(reference.hidden[window : window + 1])[0, :-1].float()
-            log_p, log_q = torch.log_softmax(dense, -1), torch.log_softmax(predicted, -1)
+            shared = min(dense.shape[-1], predicted.shape[-1])
+            log_p, log_q = torch.log_softmax(dense[:, :shared], -1), torch.log_softmax(predicted[:, :shared], -1)
             divergence = nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
             divergences.append(divergence.item() / len(dense))
     return nlls, divergences

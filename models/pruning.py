@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from autoprune.models.corpora import load_corpus, token_windows
 from autoprune.models.errors import InputError
 from autoprune.models.export import check_output, check_space, export, part_count
 from autoprune.models.families import check_family
+from autoprune.models.layers import Layer
 from autoprune.models.loading import load_config, load_tokenizer, resolve_model
 from autoprune.models.masking import Chooser, needs, planned_sparsities
 from autoprune.models.measuring import calibrate
@@ -114,6 +117,19 @@ def check_algorithm(algorithm: Algorithm, sparsity: float) -> None:
         raise InputError(f"the score function cannot be used: {error}") from None
 
 
+def check_fit(group: Group, layers: Sequence[Layer]) -> None:
+    """InputError where n:m groups or rectangles do not divide a layer."""
+    for layer in layers:
+        rows, columns = layer.weight.shape
+        down, across = (1, group.second) if group.kind == "n:m" else (group.first or 1, group.second or 1)
+        if rows % down or columns % across:
+            raise InputError(
+                f"{layer.name} [{rows}, {columns}] cannot be cut into "
+                + (f"groups of {across} along a row" if group.kind == "n:m" else f"rectangles of {down}x{across}")
+                + ": choose another --group"
+            )
+
+
 def _whole_model(folder: Path, dtype: str, device: str | None, offload: bool = False) -> ModelShard:
     blocks = load_config(folder).get_text_config().num_hidden_layers
     return ModelShard(folder, 0, blocks, dtype, device or default_device(), offload)
@@ -144,6 +160,7 @@ def evaluate(
     dense = dense_nlls = None
     if reference is not None:
         other = resolve_model(reference)
+        check_model(other, reference, context)
         if not torch.equal(token_windows(text, load_tokenizer(other), context, windows), tokens):
             raise InputError(f"{reference} and {model} cut the text into different tokens: no KL divergence is defined")
         shard = _whole_model(other, dtype, device, offload)
@@ -151,11 +168,14 @@ def evaluate(
         shard.score(lane, tokens)
         dense_nlls = lane.report.window_nlls
         dense = Reference(lane.hidden, shard.model.logits)
-    shard = _whole_model(folder, dtype, device, offload)
-    lane = _through(shard, tokens)
-    shard.score(lane, tokens, dense)
+    measured = _whole_model(folder, dtype, device, offload)
+    lane = _through(measured, tokens)
+    with shard.model.head() if dense else nullcontext():
+        measured.score(lane, tokens, dense)
     nlls, divergences = lane.report.window_nlls, lane.report.window_kls
     nll = sum(nlls) / len(nlls)
+    if not math.isfinite(nll):
+        raise InputError(f"the likelihood of the text is not finite: {dtype} overflows on {model}; try another dtype")
     return Perplexity(
         model=model,
         corpus=corpus,
@@ -200,10 +220,11 @@ def prune(
     `context` tokens are used; dtype: what is computed in (the checkpoint keeps its own dtype).
     sequential: each block's statistics come from the output of the pruned blocks before it, not of the dense ones
     (summaries for the allocation, and gradients, which are of the first GRADIENT_WINDOWS windows, stay those of the
-    dense model). offload: hold one block in memory at a time, and read
-    it from disk whenever it is needed, so that the model may be larger than the memory.
+    dense model). offload: hold one block in memory at a time, and read it from disk whenever it is needed, so that the
+    model may be larger than the memory.
     Raises InputError, before anything is written, for unusable input.
     """
+    out = Path(out)
     check_sparsity(sparsity)
     check_algorithm(algorithm, sparsity)
     check_output(out)
@@ -220,6 +241,8 @@ def prune(
     tokens = token_windows(text, load_tokenizer(folder), context, windows)
     progress(f"loading {model}")
     shard = _whole_model(folder, dtype, device, offload)
+    with shard.model.open(0) as layers:  # mostly all are alike
+        check_fit(Group.parse(algorithm.group), layers)
     progress(f"calibrating on {len(tokens)} windows of {context} tokens")
     reads = needs(algorithm)
     anew = "gram" in reads or sequential  # statistics are made on the second walk, block by block

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autoprune.algorithms.algorithm import Algorithm, Sparsities
 from autoprune.algorithms.profiles import BlockProfile, block_profile
-from autoprune.algorithms.statistics import InputMoments, NotFiniteError
+from autoprune.algorithms.statistics import GRAM_READERS, InputMoments, NotFiniteError
 from autoprune.models.blocks import DecoderRange
 from autoprune.models.calibration import input_moments, squared_gradients
 from autoprune.models.layers import Layer, replaced
@@ -34,7 +34,8 @@ class ShardReport:
 
     numels and pruned count prunable weights; errors are ‖h − h_dense‖ / ‖h_dense‖ after each block.
     window_nlls: nats per token and window, of the last shard only; window_kls: nats to the dense model, where it was
-    asked for. fallbacks: experts pruned by magnitude for want of tokens. seconds: of the pass, of which
+    asked for. fallbacks: experts pruned by magnitude for want of tokens; dead_inputs: inputs of layers that were zero
+    for every token; damped: layers whose Hessian needed more damping than usual. seconds: of the pass, of which
     pruning_seconds went into scores, selection and updates.
     """
 
@@ -44,6 +45,8 @@ class ShardReport:
     window_nlls: list[float] = field(default_factory=list)
     window_kls: list[float] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
+    dead_inputs: int = 0
+    damped: int = 0
     seconds: float = 0.0
     pruning_seconds: float = 0.0
 
@@ -70,12 +73,14 @@ Visit = Callable[[int, Lane, "list[Layer]", "BlockChoice | None"], None]
 class ModelShard:
     """Blocks start … stop−1 of a model on one device. The dense weights are never written to.
 
-    offload: only one block is in memory at a time, read from disk when it is needed; gradients are kept on disk, too.
+    offload: only one block is on the device at a time, read from disk when it is needed; hidden states stay in the
+    CPU's memory, of which the device gets WINDOWS_AT_ONCE windows at a time; gradients are kept on disk.
     """
 
     def __init__(self, folder: Path, start: int, stop: int, dtype: str, device: str, offload: bool = False) -> None:
         self.device = torch.device(device)
         self.model = DecoderRange(folder, start, stop, getattr(torch, dtype), self.device, offload)
+        self._home = torch.device("cpu") if offload else self.device  # of hidden states
         self.profiles: list[BlockProfile] = []
         self.moments: list[dict[str, InputMoments]] = []
         self.gradients = Shelf(on_disk=offload)  # root mean square per weight, fp32 by layer
@@ -202,13 +207,20 @@ class ModelShard:
         if lane.chooser is not None:
             if lane.calibration is not None:
                 moments, _ = self.collect(index, layers, lane.calibration, needs(lane.chooser.algorithm))
-            gradients = self.gradients.get(index)
+            reads = needs(lane.chooser.algorithm)
+            gradients = self.gradients.get(index) if "g_rms" in reads else {}
+            if reads & GRAM_READERS:  # lanes share the factor: its time is none's own
+                for own in moments.values():
+                    if own.count and own.gram is not None:
+                        _ = own.factor
             began = time.perf_counter()
             choice = lane.chooser.block(layers, moments, gradients, lane.sparsities[index])
             weights = choice.weights(layers)
             lane.report.pruning_seconds += time.perf_counter() - began
             prefix = f"block {self.model.start + index}, "
             lane.report.fallbacks += [prefix + name for name in choice.fallbacks]
+            lane.report.dead_inputs += sum(choice.dead.values())
+            lane.report.damped += len(choice.dampings)
         lane.report.numels.append(sum(layer.weight.numel() for layer in layers))
         lane.report.pruned.append(choice.pruned if choice else 0)
         with replaced(layers, weights):
@@ -271,8 +283,7 @@ class ModelShard:
 
     def enter(self, states: Tensor) -> Tensor:
         """Hidden states [windows, L, D] that enter the first block of the shard: of tokens, if it is the model's."""
-        states = states.to(self.device)
-        return self.model.embed(states) if self.model.first else states
+        return (self.model.embed(states) if self.model.first else states).to(self._home)
 
     @torch.inference_mode()
     def score(self, lane: Lane, tokens: Tensor, reference: Reference | None = None) -> None:
@@ -282,7 +293,10 @@ class ModelShard:
             report.window_nlls, report.window_kls = score_windows(lane.hidden, tokens, self.model.logits, reference)
 
     def _run_block(self, index: int, hidden: Tensor) -> Tensor:
-        return torch.cat([self.model.run(index, chunk) for chunk in hidden.split(WINDOWS_AT_ONCE)])
+        left = torch.empty_like(hidden)
+        for chunk, out in zip(hidden.split(WINDOWS_AT_ONCE), left.split(WINDOWS_AT_ONCE), strict=True):
+            out.copy_(self.model.run(index, chunk.to(self.device)))
+        return left
 
 
 def _norm_or_zeros(moments: InputMoments) -> Tensor:

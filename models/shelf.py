@@ -5,16 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from autoprune.models.catalogue import cache_folder
+from autoprune.models.errors import InputError
 
 
 class Shelf:
     """Tensors by name, for each block: in memory or, where only one block may be there at a time, in a temporary
-    folder that goes with this object. Those on disk come back on the CPU."""
+    folder that goes with this object; it lies in the cache, since the system's own for such files may be memory.
+    Those on disk come back on the CPU. Raises InputError where the disk is full."""
 
     def __init__(self, on_disk: bool) -> None:
-        self._folder = TemporaryDirectory(prefix="autoprune-") if on_disk else None
+        self._folder = None
+        if on_disk:
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            self._folder = TemporaryDirectory(prefix=".shelf-", dir=cache_folder())
         self._held: dict[int, dict[str, Tensor]] = {}
 
     def put(self, block: int, tensors: dict[str, Tensor]) -> None:
@@ -22,7 +30,13 @@ class Shelf:
         if self._folder is None:
             self._held[block] = tensors
         else:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self._file(block))
+            try:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self._file(block))
+            except (OSError, SafetensorError) as error:
+                raise InputError(
+                    f"cannot keep gradients in {self._folder.name} ({error}): free some space, or choose another cache "
+                    "with AUTOPRUNE_CACHE"
+                ) from None
 
     def get(self, block: int) -> dict[str, Tensor]:
         """Empty for a block that was given none."""

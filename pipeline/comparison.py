@@ -93,6 +93,11 @@ class Target:
     share: float
     pattern: str = ""
 
+    @property
+    def m(self) -> int:
+        """Of a pattern n:m; 0 otherwise."""
+        return int(self.pattern.partition(":")[2] or 0)
+
     @classmethod
     def read(cls, value: float | str) -> Target:
         """Raises InputError, one line, for what is neither a share nor a pattern."""
@@ -215,7 +220,8 @@ class Result:
     """What a cell was found to be. All figures are None where `error` says why there are none.
 
     algorithm: as it was measured, with tuned parameters; None for the dense model. nll, standard_error, kl and
-    kl_standard_error: nats per token, over `tokens` scored tokens of the report split. sparsity: achieved.
+    kl_standard_error: nats per token, over `tokens` scored tokens of the report split. sparsity: achieved. fallbacks,
+    dead_inputs, damped: see `models.shard.ShardReport`.
     fitness_nll, trace: of a tuned allocation, the best on the fitness split, and every allocation that was tried, as
     [its text, nats per token]; the latter is None where it is not finite. seconds: all that the cell took.
     """
@@ -232,6 +238,8 @@ class Result:
     sparsity: float | None = None
     block_sparsities: tuple[float, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    dead_inputs: int = 0
+    damped: int = 0
     pruning_seconds: float | None = None
     forward_seconds: float | None = None
     fitness_nll: float | None = None

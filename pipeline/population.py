@@ -66,6 +66,8 @@ def read_allocation(text: str) -> Allocation:
     name, at, per = head.partition("@")
     if at and per != "layer":
         raise InputError(f"unknown ending {at + per!r} of allocation {head!r}: expected @layer or nothing")
+    if settings == "tuned":
+        raise InputError(f"{text!r} needs a fitness split: `autoprune compare` tunes; here, give parameters or none")
     parts = [part.strip() for part in settings.split(",")] if colon else []
     per = "layer" if at else "block"
     try:

@@ -3,6 +3,8 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from unittest import mock
@@ -112,3 +114,14 @@ def test_where_to_look_first_may_be_far_off(dtype):
     scores[5::10] = torch.where(scores[5::10] > 0, most, least)
     for k in (1, 166, 200, 332):
         assert torch.equal(masks.row_mask(scores.to(dtype), k), reference.row_mask(scores.to(dtype), k))
+
+
+def test_without_a_folder_for_compiled_code_it_is_compiled_anyway():
+    """As in a container whose files are read-only."""
+    code = (
+        "import numba.core.caching as c; c.CacheImpl._locator_classes = []\n"
+        "import torch; from autoprune.kernels.masks import row_mask\n"
+        "print(row_mask(torch.arange(6.0).reshape(2, 3), 1).int().tolist())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[[0, 1, 1], [0, 1, 1]]\n"

@@ -138,6 +138,31 @@ def test_layers_are_all_the_matrices_of_a_block_but_routers(saved, name):
     assert any(layer.expert == 3 for layer in layers) == (name in ROUTERS)
 
 
+def test_experts_in_a_form_that_is_not_known_are_refused():
+    """DBRX keeps all experts of a kind in one matrix: pruning the rest, and its router, would go unnoticed."""
+    config = AutoConfig.for_model("dbrx", d_model=32, n_heads=4, ffn_config={"moe_num_experts": 4})
+    flat = nn.Module()
+    flat.w1 = nn.Parameter(torch.randn(4 * 48, 32))
+    block = nn.ModuleDict({"attention": nn.Linear(32, 32), "router": nn.Linear(32, 4), "mlp": flat})
+    with pytest.raises(
+        InputError, match=r"such as mlp.w1 \[192, 32\] \(.*of the block.*expected linear modules, or ex"
+    ):
+        block_layers(block, config, lambda *_: ())
+
+
+@pytest.mark.parametrize("keys, transposed", [(("up", "down"), True), (("down",), False)])
+def test_experts_alone_in_their_module_are_taken_as_linear_layers_are(keys, transposed):
+    """Of several, the first reads hidden states, and says how they are kept; of one alone nothing can be told."""
+    experts = nn.Module()
+    for key in keys:
+        setattr(experts, key, nn.Parameter(torch.randn(4, *((32, 48) if key == "up" else (48, 32)))))
+    if not transposed:
+        experts.down = nn.Parameter(torch.randn(4, 32, 48))
+    config = AutoConfig.for_model("mixtral", num_local_experts=4, hidden_size=32)
+    layers = block_layers(nn.ModuleDict({"experts": experts}), config, lambda *_: ())
+    assert {layer.transposed for layer in layers} == {transposed} and len(layers) == 4 * len(keys)
+
+
 def test_a_linear_router_and_a_list_of_experts():
     """As some families have them: each expert a module of its own, and a router that is a linear layer."""
 

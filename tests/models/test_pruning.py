@@ -2,19 +2,20 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import save_byte_tokenizer, save_tiny_model
 from families import FAMILIES, tiny_family
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.algorithms.updates import DAMPING
-from autoprune.models import calibration, masking
+from autoprune.models import calibration, masking, shelf
 from autoprune.models.blocks import DecoderRange
 from autoprune.models.corpora import load_corpus, token_windows
 from autoprune.models.errors import InputError
@@ -314,3 +315,43 @@ def test_dead_inputs_and_a_singular_hessian_are_handled_and_said(tmp_path, text)
         with safe_open(out / "model.safetensors", "pt") as file:
             weight = file.get_tensor("model.layers.2.mlp.down_proj.weight")
         assert weight.isfinite().all() and (weight[:, :5] == 0).all()
+
+
+def test_reference_with_another_padding_of_the_vocabulary(tmp_path, tiny_model, text):
+    """Rows that no token stands for change no divergence, and are no error."""
+    padded = tmp_path / "padded"
+    shutil.copytree(tiny_model, padded)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+    model.save_pretrained(padded)
+    options = {"context": CONTEXT, "windows": 2, "device": "cpu"}
+    for model, reference in ((padded, tiny_model), (tiny_model, padded)):
+        assert evaluate(str(model), text, reference=str(reference), **options).kl == pytest.approx(0, abs=1e-6)
+
+
+def test_evaluate_says_that_it_overflowed(tmp_path, tiny_model, text):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.model.layers[0].mlp.down_proj.weight.data *= 1e8
+    model.save_pretrained(folder)
+    with pytest.raises(InputError, match="float16 overflows on .*model"):
+        evaluate(str(folder), text, CONTEXT, dtype="float16", device="cpu")
+
+
+def test_a_pattern_that_divides_no_layer_is_refused_before_calibration(tmp_path, tiny_model, text):
+    said = []
+    algorithm = Algorithm(WANDA.score, "3:7")
+    with pytest.raises(InputError, match=r"\[\d+, \d+\] cannot be cut into groups of 7 along a row"):
+        prune(str(tiny_model), algorithm, 4 / 7, text, tmp_path / "out", CONTEXT, device="cpu", progress=said.append)
+    assert not any("calibrating" in line for line in said)
+
+
+def test_gradients_without_room_on_disk_are_one_line(tmp_path, tiny_model, text, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(shelf, "save_file", full)
+    with pytest.raises(InputError, match="cannot keep gradients in .*No space left"):
+        prune(str(tiny_model), baseline("pruner-zero"), 0.5, text, tmp_path / "out", CONTEXT, offload=True)
+    assert not (tmp_path / "out").exists()

@@ -74,7 +74,7 @@ class Bench:
 
     def _found(self, nll: float, sparsity: float) -> Measurement:
         self.done += 1
-        return Measurement(nll, math.exp(nll), 0.01, nll - 3, 0.02, 93, sparsity, (sparsity,) * 4, (), 0.5, 1.5)
+        return Measurement(nll, math.exp(nll), 0.01, nll - 3, 0.02, 93, sparsity, (sparsity,) * 4, (), 0, 0, 0.5, 1.5)
 
     def measure_dense(self, split):
         self._begin()
@@ -153,6 +153,23 @@ def test_a_tuned_cell_says_what_was_tried_and_only_its_report_figure_is_publishe
     stored = json.loads((config.folder / "cells" / f"{cell.key}.json").read_text())
     assert stored["result"]["algorithm"]["allocation"]["parameters"] == {"lam": float(best.split("=")[1])}
     assert all(r["fitness_perplexity"] == "" for r in table_of(run) if ":tuned" not in r["allocation"])
+
+
+def test_what_a_reader_must_know_stands_below_the_table(config):
+    class Odd(Bench):
+        def _found(self, nll, sparsity):
+            found = super()._found(nll, sparsity)
+            return replace(found, dead_inputs=3, damped=2, fallbacks=("x",), block_sparsities=(0.25, 0.75))
+
+    run = measured(replace(config, sparsities=("2:4",)), Odd())
+    text = (config.folder / "results.md").read_text()
+    for part in ("not 2:4 everywhere", "own n of 4", "1 experts saw", "3 inputs were zero", "Hessian of 2 layers"):
+        assert part in text
+    updated = [row for row in table_of(run) if row["update"] not in ("", "none") and not row["error"]]
+    plain = [row for row in table_of(run) if row["update"] in ("", "none") and not row["error"]]
+    assert updated and all(row["perplexity"] == "" and float(row["perplexity_updated"]) > 0 for row in updated)
+    assert plain and all(row["perplexity_updated"] == "" and float(row["perplexity"]) > 0 for row in plain)
+    assert {row["dead_inputs"] for row in plain + updated} == {"3"}
 
 
 def test_killed_anywhere_and_run_again_nothing_is_measured_twice(config):
@@ -244,10 +261,10 @@ def test_a_method_that_fails_is_a_cell_with_an_error_and_the_others_are_measured
 
 def test_a_likelihood_that_is_not_finite_is_an_error_and_of_the_dense_model_unusable(config):
     bench = Bench()
-    bench._found = lambda nll, s: Measurement(math.nan if s else 3.0, 1, None, 0, None, 93, s, (), (), 1, 1)
+    bench._found = lambda nll, s: Measurement(math.nan if s else 3.0, 1, None, 0, None, 93, s, (0.0,), (), 0, 0, 1, 1)
     run = measured(replace(config, methods=(Methods(("wanda",), ("none",), ("uniform",)),)), bench)
     assert [row["error"][:14] for row in table_of(run)] == ["", *["the likelihood"] * 2]
-    bench._found = lambda nll, s: Measurement(math.nan, 1, None, 0, None, 93, s, (), (), 1, 1)
+    bench._found = lambda nll, s: Measurement(math.nan, 1, None, 0, None, 93, s, (0.0,), (), 0, 0, 1, 1)
     with pytest.raises(InputError, match="float32 overflows on"):
         measured(replace(config, name="other"), bench)
 
