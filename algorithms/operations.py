@@ -31,8 +31,10 @@ class Operation:
     writings: tuple[tuple[str, str], ...] = ()
 
 
-# Arguments that may be given by name, and what they must be: a literal, or any expression.
-KEYWORDS = {"dim": int, "keepdim": bool, "p": float, "min": None, "max": None}
+# Arguments that may be given by name, and what they must be: a literal of this type, or (None) any expression.
+KEYWORDS = {"q": None, "dim": int, "keepdim": bool, "stable": bool, "p": None, "min": None, "max": None}
+# Operations that must be told along which dimension: over a whole matrix they would cost too much, or mean nothing.
+NEED_DIM = frozenset({"quantile", "median", "softmax", "cumsum", "argsort"})
 
 
 def _each(types: str, text: str) -> tuple[tuple[str, str], ...]:
@@ -76,6 +78,7 @@ OPERATIONS = (
         *_each("rc", "{t} / ({s} + 1e-6)"),
     ),
     _operator("**", *_each("mrc", "{t} ** {e}")),
+    _operator("@"),
     _operator(">"),
     _operator(">="),
     _operator("<"),
@@ -107,6 +110,11 @@ OPERATIONS = (
     _reduction("std", "rcs"),
     _reduction("var"),
     _reduction("norm", "rc", ("p", "dim", "keepdim")),
+    Operation("quantile", "method", ("q", "dim", "keepdim")),
+    Operation("median", "method", ("dim", "keepdim")),
+    Operation("softmax", "method", ("dim",)),
+    Operation("cumsum", "method", ("dim",)),
+    Operation("argsort", "method", ("dim", "stable")),
     Operation("clamp", "method", ("min", "max"), _each("rc", "{t}.clamp(max={s})")),
     Operation("maximum", "function", ("input", "other"), _each("mrc", "torch.maximum({t}, {t})")),
     Operation("minimum", "function", ("input", "other"), _each("mrc", "torch.minimum({t}, {t})")),

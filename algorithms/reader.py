@@ -10,7 +10,7 @@ import ast
 import difflib
 import os
 
-from autoprune.algorithms.operations import BY_NAME, KEYWORDS, OPERATIONS
+from autoprune.algorithms.operations import BY_NAME, KEYWORDS, NEED_DIM, OPERATIONS
 from autoprune.algorithms.vocabulary import STATISTICS
 
 MAX_SOURCE = 10_000  # characters
@@ -21,11 +21,13 @@ MAX_NUMBER = 1e9
 # Where a source is said to stand: for some errors Python opens the file of that name, to show a line of it. No file can
 # have this name.
 NOWHERE = f"{os.devnull}/candidate"
+RESERVED = ("torch", "range", "tune", "_")
 MAX_MESSAGE = 400  # characters; a name in the source may be long
 
 OPERATORS = tuple(operation.name for operation in OPERATIONS if operation.form == "operator")
 _PARSED = tuple(ast.parse(f"a {sign} b", mode="eval").body for sign in OPERATORS)
 ARITHMETIC = tuple(type(node.op) for node in _PARSED if isinstance(node, ast.BinOp))
+COMMUTATIVE = (ast.Add, ast.Mult)  # bit by bit, for floats as well
 COMPARISONS = tuple(type(node.ops[0]) for node in _PARSED if isinstance(node, ast.Compare))
 
 
@@ -84,7 +86,7 @@ class _Reader:
     def assignment(self, target: ast.Name, value: ast.expr) -> ast.stmt:
         if target.id in self.parameters:
             raise _refuse(target, f"'{target.id}' is an input and stays as it is; assign to another name")
-        if target.id in ("torch", "range", "_") or "__" in target.id:
+        if target.id in RESERVED or "__" in target.id:
             raise _refuse(target, f"'{target.id}' cannot be assigned to; choose another name")
         if target.id not in self.known:
             self.known.append(target.id)
@@ -116,11 +118,26 @@ class _Reader:
                 return ast.Subscript(self.expression(value), self.index(index), ast.Load())
             case ast.Call(func=ast.Attribute(value=value, attr=name)):
                 return self.call(node, value, name)
+            case ast.Call(func=ast.Name("tune")):
+                return self.tuned(node)
             case ast.Attribute(attr=name):
                 raise _refuse(node, f"the attribute '{name}' is not in the language; only calls of tensor methods are")
             case ast.Call():
                 raise _refuse(node, "only tensor methods and functions written torch.NAME(…) can be called")
         raise _refuse(node, f"the expression {type(node).__name__} is not in the language")
+
+    def tuned(self, node: ast.Call) -> ast.expr:
+        """`tune(value, low, high)`: the value, which a search may move between low and high."""
+        if len(node.args) != 3 or node.keywords:
+            raise _refuse(node, "expected tune(value, low, high), three numbers")
+        signs = [isinstance(argument, ast.UnaryOp) and isinstance(argument.op, ast.USub) for argument in node.args]
+        bare = [argument.operand if sign else argument for argument, sign in zip(node.args, signs, strict=True)]
+        if not all(isinstance(argument, ast.Constant) for argument in bare):
+            raise _refuse(node, "expected tune(value, low, high), three numbers")
+        value, low, high = (self.number(a) * (-1 if sign else 1) for a, sign in zip(bare, signs, strict=True))
+        if not low <= value <= high or low == high:
+            raise _refuse(node, f"tune({value:g}, {low:g}, {high:g}): expected low ≤ value ≤ high, and low below high")
+        return ast.Call(ast.Name("tune", ast.Load()), [_literal(number) for number in (value, low, high)], [])
 
     def number(self, node: ast.Constant) -> float:
         """Numbers become floats: powers of Python's integers could grow without bound."""
@@ -162,8 +179,15 @@ class _Reader:
             if keyword.arg not in parameters or keyword.arg not in KEYWORDS or keyword.arg in given:
                 raise _refuse(keyword.value, f"{name} takes no further argument '{keyword.arg}'")
             given[keyword.arg] = keyword.value
-        if not given:
+        if "input" in parameters and "input" not in given:
             raise _refuse(node, f"{name} needs a tensor")
+        if name in NEED_DIM and "dim" not in given:
+            raise _refuse(node, f"{name} needs dim=, such as dim=1")
+        if name == "median":  # torch's own returns two things; this is the mean of the two in the middle
+            name, operation = "quantile", BY_NAME["quantile"]
+            parameters, given = ("input", *operation.parameters), given | {"q": ast.Constant(0.5)}
+        if name == "argsort":  # of equal values the first comes first, on every device
+            given["stable"] = ast.Constant(True)
         plain = [self.expression(argument) for key, argument in given.items() if key not in KEYWORDS]
         named = [
             ast.keyword(key, self.argument(key, given[key])) for key in parameters if key in KEYWORDS and key in given
@@ -180,6 +204,31 @@ class _Reader:
                 raise _refuse(node, f"{key} is True or False")
             return ast.Constant(node.value)
         return self.expression(node)
+
+
+def _literal(number: float) -> ast.expr:
+    """As Python writes it: a sign is an operator of its own."""
+    return ast.UnaryOp(ast.USub(), ast.Constant(-number)) if number < 0 else ast.Constant(number)
+
+
+class _InOrder(ast.NodeTransformer):
+    """Operands whose order does not matter, in the order of their texts; a number stands first in a product and last in
+    a sum, as people write it."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.BinOp:
+        self.generic_visit(node)
+        if isinstance(node.op, COMMUTATIVE):
+            sign = 1 if isinstance(node.op, ast.Add) else -1
+            node.left, node.right = sorted(
+                (node.left, node.right), key=lambda side: (sign * isinstance(side, ast.Constant), ast.unparse(side))
+            )
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr in ("maximum", "minimum"):
+            node.args.sort(key=ast.unparse)
+        return node
 
 
 def _parameters(function: ast.FunctionDef) -> tuple[str, ...]:
@@ -268,5 +317,5 @@ def canonical(source: str) -> tuple[str, tuple[str, ...]]:
             if isinstance(node, ast.Name):
                 node.id = renamed.get(node.id, node.id)
     arguments = ast.arguments([], [ast.arg(name) for name in ("W", *reads)], None, [], [], None, [])
-    definition = ast.FunctionDef("score", arguments, statements, [], None)
+    definition = ast.FunctionDef("score", arguments, [_InOrder().visit(one) for one in statements], [], None)
     return ast.unparse(ast.fix_missing_locations(ast.Module([definition], []))), reads

@@ -275,7 +275,7 @@ TIME = {
     "time.sleep": (returns("time.sleep(100)"), NO_NAME),
     "recursion": (body("a = score(W, x_norm)", "return a"), NO_CALL),
     "svd": (returns("torch.linalg.svd(W)"), NO_NAME),
-    "matrix product": (returns("W @ W"), "operator MatMult"),
+    "matrix product": (returns("W @ W"), "in `return W @ W`"),
     "inverse": (returns("torch.inverse(W)"), NO_NAME),
     "quadratic blow-up": (
         body("a = W.abs()", "for _ in range(8):", *["    a = (a + a * a).sqrt()"] * 100, "return a"),

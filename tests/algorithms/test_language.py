@@ -156,7 +156,6 @@ OUTSIDE = [
     "return open('f')",
     "return range(3)",
     "return torch",
-    "return W @ W",
     "return W // 2",
     "return W % 2",
     "return W << 2",
@@ -327,7 +326,7 @@ def test_every_operation_works_as_the_first_of_its_process():
         ("return W.abs().sum(dim=1)", r"returned float32 \[512\], expected float32 \[512, 768\]"),
         ("return W > 0", "returned bool"),
         ("return 2", "returned a float"),
-        ("return x_norm[:, None] * W", "in `return x_norm"),
+        ("return x_norm[:, None] * W", r"in `return W \* x_norm"),
         ("a = x_norm[:, None] * x_norm\nreturn W + a.mean()", "larger than W"),
         ("a = W.sum(1, keepdim=True)\nb = a * a.sum(1)[None, :]\nreturn W + b.mean()", "larger than W"),
         ("return W[:, :4] * W", "in `return W"),
@@ -450,3 +449,71 @@ def test_a_broken_definition_is_refused_in_one_line(text):
     with pytest.raises(LanguageError) as refusal:
         parse_answer(text)
     assert "\n" not in str(refusal.value)
+
+
+def test_order_of_operands_does_not_matter_where_it_changes_nothing():
+    one = parse(function("a = x_norm * W.abs()\nb = 1 + a / x_std\nreturn torch.maximum(b * 2, a) - a * x_norm"))
+    other = parse(function("a = W.abs() * x_norm\nb = a / x_std + 1\nreturn torch.maximum(a, 2 * b) - x_norm * a"))
+    assert one.source == other.source
+    assert parse(function("return W - x_norm")).source != parse(function("return x_norm - W")).source
+
+
+def test_constants_to_tune_are_kept_and_run_as_their_value():
+    W, statistics = layer()
+    program = parse(function("return tune(2, 0.5, 4) * W.abs() - x_norm ** tune(-1, -2, 1)"))
+    assert "tune(2.0, 0.5, 4.0)" in program.source and "tune(-1.0, -2.0, 1.0)" in program.source
+    assert torch.equal(program(W, statistics), 2 * W.abs() - statistics["x_norm"] ** -1.0)
+    for call in ("tune(1)", "tune(1, 2)", "tune(3, 1, 2)", "tune(1, 1, 1)", "tune(W, 1, 2)", "tune(1, 0, high=2)"):
+        with pytest.raises(LanguageError, match="tune"):
+            parse(function(f"return W * {call}"))
+    with pytest.raises(LanguageError, match="cannot be assigned"):
+        parse(function("tune = W\nreturn tune"))
+
+
+ORDERED = {
+    "W.quantile(0.3, dim=1, keepdim=True) * W": lambda W: W * W.quantile(0.3, dim=1, keepdim=True),
+    "W.median(dim=1, keepdim=True) * W": lambda W: W * (W.sort(1).values[:, 4:5]),  # nine inputs: the fifth
+    "W.softmax(dim=1)": lambda W: W.exp() / W.exp().sum(1, keepdim=True),
+    "torch.cumsum(W, 0)": lambda W: torch.stack([W[: i + 1].sum(0) for i in range(len(W))]),
+    "W.argsort(dim=1).argsort(dim=1).float()": lambda W: (W[:, None, :] < W[:, :, None]).sum(2).float(),
+    "(W @ x_norm).unsqueeze(1) * W": lambda W: W * (W * layer()[1]["x_norm"]).sum(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("expression", ORDERED)
+def test_order_statistics_and_products(expression):
+    W, statistics = layer()
+    program = parse(function(f"return {expression}"))
+    dry_run(program)
+    assert parse(program.source) == program
+    torch.testing.assert_close(program(W, statistics), ORDERED[expression](W))
+
+
+@pytest.mark.parametrize("call", ["W.quantile(0.5)", "W.median()", "W.softmax()", "W.cumsum()", "W.argsort()"])
+def test_what_needs_a_dimension_says_so(call):
+    with pytest.raises(LanguageError, match=r"needs dim=, such as dim=1"):
+        parse(function(f"return W * {call}"))
+
+
+def test_equal_values_are_ranked_by_place_on_every_device():
+    W = torch.zeros(2, 40)
+    program = parse(function("return W.argsort(dim=1).float() + x_norm * 0"))
+    assert torch.equal(program(W, {"x_norm": torch.ones(40)}), torch.arange(40.0).expand(2, 40))
+
+
+def test_cost_counts_what_is_computed_and_alive():
+    cost = dry_run(parse(function("a = W.abs()\nb = a * x_norm\na = b + 1\nreturn a * b")))
+    assert cost.operations == pytest.approx(4, abs=0.01) and cost.matrices == 3
+    sort = dry_run(parse(function("return W.argsort(dim=1).float()")))
+    assert sort.operations == 13 and sort.matrices == 3  # int64 takes two
+    with pytest.raises(LanguageError, match="operations per weight"):
+        dry_run(parse(function("a = W\nfor _ in range(8):\n" + "    a = a * a + W\n" * 9 + "return a")))
+    with pytest.raises(LanguageError, match="alive at a time"):
+        names = [f"a{i}" for i in range(20)]
+        dry_run(
+            parse(
+                function(
+                    "\n".join(f"{name} = W + {i}" for i, name in enumerate(names)) + "\nreturn " + " + ".join(names)
+                )
+            )
+        )
