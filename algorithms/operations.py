@@ -19,14 +19,15 @@ class Operation:
     """One allowed torch function or operator, and the ways in which the grammar writes it.
 
     name: an operator's sign, or the torch name. form: "operator"; "method": also accepted as `torch.name(x, …)`;
-    "function": only as `torch.name(…)`. parameters: the arguments after the first tensor (of a function: all), in
-    positional order; those in KEYWORDS may be given by name. writings: (type of the result, text), where `{m}`, `{r}`,
-    `{c}`, `{s}` stand for operands of that type, `{k}` for a factor and `{e}` for an exponent. Without writings, it
-    is accepted from other sources only.
+    "function": only as `torch.name(…)`. doc: what it gives, in a line. parameters: the arguments after the first
+    tensor (of a function: all), in positional order; those in KEYWORDS may be given by name. writings: (type of the
+    result, text), where `{m}`, `{r}`, `{c}`, `{s}` stand for operands of that type, `{k}` for a factor and `{e}` for an
+    exponent. Without writings, it is accepted from other sources only.
     """
 
     name: str
     form: str
+    doc: str
     parameters: tuple[str, ...] = ()
     writings: tuple[tuple[str, str], ...] = ()
 
@@ -42,85 +43,96 @@ def _each(types: str, text: str) -> tuple[tuple[str, str], ...]:
     return tuple((t, text.replace("{t}", f"{{{t}}}")) for t in types)
 
 
-def _operator(sign: str, *writings: tuple[str, str]) -> Operation:
-    return Operation(sign, "operator", (), writings)
+def _operator(sign: str, doc: str, *writings: tuple[str, str]) -> Operation:
+    return Operation(sign, "operator", doc, (), writings)
 
 
-def _elementwise(name: str, types: str = "") -> Operation:
-    return Operation(name, "method", (), _each(types, f"{{t}}.{name}()"))
+def _elementwise(name: str, doc: str, types: str = "") -> Operation:
+    return Operation(name, "method", doc, (), _each(types, f"{{t}}.{name}()"))
 
 
-def _reduction(name: str, results: str = "", parameters: tuple[str, ...] = ("dim", "keepdim")) -> Operation:
+def _reduction(name: str, doc: str, results: str = "", parameters: tuple[str, ...] = ("dim", "keepdim")) -> Operation:
     """Over the outputs (a row is left), over the inputs (a column is left), or over everything."""
     texts = {"r": f"{{m}}.{name}(dim=0)", "c": f"{{m}}.{name}(dim=1, keepdim=True)", "s": f"{{m}}.{name}()"}
     writings = tuple((result, texts[result]) for result in results)
     if "s" in results:
         writings += (("s", f"{{r}}.{name}()"), ("s", f"{{c}}.{name}()"))
-    return Operation(name, "method", parameters, writings)
+    return Operation(name, "method", doc, parameters, writings)
 
 
 OPERATIONS = (
     _operator(
         "+",
+        "sum",
         *_each("mrc", "{t} + {t}"),
         *_each("mrc", "{t} + {k} * {t}"),
         ("m", "{m} + {r}"),
         ("m", "{m} + {c}"),
     ),
-    _operator("-"),
-    _operator("*", *_each("mrc", "{t} * {t}"), ("m", "{m} * {r}"), ("m", "{m} * {c}")),
+    _operator("-", "difference"),
+    _operator("*", "product", *_each("mrc", "{t} * {t}"), ("m", "{m} * {r}"), ("m", "{m} * {c}")),
     _operator(
         "/",
+        "quotient",
         ("m", "{m} / ({r} + 1e-6)"),
         ("m", "{m} / ({c} + 1e-6)"),
         ("m", "{m} / ({s} + 1e-6)"),
         *_each("rc", "{t} / ({t} + 1e-6)"),
         *_each("rc", "{t} / ({s} + 1e-6)"),
     ),
-    _operator("**", *_each("mrc", "{t} ** {e}")),
-    _operator("@"),
-    _operator(">"),
-    _operator(">="),
-    _operator("<"),
-    _operator("<="),
+    _operator("**", "power", *_each("mrc", "{t} ** {e}")),
+    _operator("@", "matrix product, with a row statistic mostly: [out, in] @ [in] → [out]"),
+    _operator(">", "where left exceeds right"),
+    _operator(">=", "where left is at least right"),
+    _operator("<", "where left is below right"),
+    _operator("<=", "where left is at most right"),
     Operation(
         "abs",
         "method",
+        "absolute value",
         (),
         (("m", "({m} - {r}).abs()"), ("m", "({m} - {c}).abs()"), *_each("rc", "({t} - {s}).abs()")),
     ),
-    _elementwise("square", "rc"),
-    _elementwise("sqrt", "mrc"),
-    _elementwise("log1p", "mrc"),
-    _elementwise("tanh", "rc"),
-    _elementwise("sigmoid", "rc"),
+    _elementwise("square", "square", "rc"),
+    _elementwise("sqrt", "square root", "mrc"),
+    _elementwise("log1p", "ln(1 + x)", "mrc"),
+    _elementwise("tanh", "hyperbolic tangent", "rc"),
+    _elementwise("sigmoid", "1 / (1 + exp(−x))", "rc"),
     # The only decreasing function: between exp(-1) and 1, so it can neither overflow nor vanish.
-    Operation("exp", "method", (), _each("rc", "(-{t}.tanh()).exp()")),
-    _elementwise("log"),
-    _elementwise("rsqrt"),
-    _elementwise("relu"),
-    _elementwise("sign"),
-    _elementwise("float"),
-    Operation("pow", "method", ("exponent",)),
-    Operation("unsqueeze", "method", ("dim",)),
-    _reduction("mean", "rcs"),
-    _reduction("sum", "rc"),
-    _reduction("amax", "rcs"),
-    _reduction("amin"),
-    _reduction("std", "rcs"),
-    _reduction("var"),
-    _reduction("norm", "rc", ("p", "dim", "keepdim")),
-    Operation("quantile", "method", ("q", "dim", "keepdim")),
-    Operation("median", "method", ("dim", "keepdim")),
-    Operation("softmax", "method", ("dim",)),
-    Operation("cumsum", "method", ("dim",)),
-    Operation("argsort", "method", ("dim", "stable")),
-    Operation("clamp", "method", ("min", "max"), _each("rc", "{t}.clamp(max={s})")),
-    Operation("maximum", "function", ("input", "other"), _each("mrc", "torch.maximum({t}, {t})")),
-    Operation("minimum", "function", ("input", "other"), _each("mrc", "torch.minimum({t}, {t})")),
+    Operation("exp", "method", "exponential", (), _each("rc", "(-{t}.tanh()).exp()")),
+    _elementwise("log", "natural logarithm"),
+    _elementwise("rsqrt", "1 / square root"),
+    _elementwise("relu", "x where positive, else 0"),
+    _elementwise("sign", "−1, 0 or 1"),
+    _elementwise("float", "comparisons and ranks as numbers"),
+    Operation("pow", "method", "power", ("exponent",)),
+    Operation("unsqueeze", "method", "one more dimension of length 1, as x[:, None] and x[None, :] make", ("dim",)),
+    _reduction("mean", "mean", "rcs"),
+    _reduction("sum", "sum", "rc"),
+    _reduction("amax", "greatest", "rcs"),
+    _reduction("amin", "least"),
+    _reduction("std", "standard deviation, n − 1 below", "rcs"),
+    _reduction("var", "variance, n − 1 below"),
+    _reduction("norm", "p-norm, Euclidean by default", "rc", ("p", "dim", "keepdim")),
+    Operation(
+        "quantile", "method", "the value that a share q of the others lie below, interpolated", ("q", "dim", "keepdim")
+    ),
+    Operation("median", "method", "quantile at 0.5", ("dim", "keepdim")),
+    Operation("softmax", "method", "exp(x) over its sum along dim", ("dim",)),
+    Operation("cumsum", "method", "running sum along dim", ("dim",)),
+    Operation(
+        "argsort",
+        "method",
+        "places of the values in ascending order, of equals the first first; twice gives ranks",
+        ("dim", "stable"),
+    ),
+    Operation("clamp", "method", "x held between min and max", ("min", "max"), _each("rc", "{t}.clamp(max={s})")),
+    Operation("maximum", "function", "the greater of two", ("input", "other"), _each("mrc", "torch.maximum({t}, {t})")),
+    Operation("minimum", "function", "the lesser of two", ("input", "other"), _each("mrc", "torch.minimum({t}, {t})")),
     Operation(
         "where",
         "function",
+        "second where the first holds, else third",
         ("condition", "input", "other"),
         (
             ("m", "torch.where({m} > {c}, {m}, {k} * {m})"),

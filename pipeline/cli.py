@@ -129,6 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("name")
     fetch.set_defaults(run=_models_fetch)
 
+    check = commands.add_parser("check", help="say whether a source is in the algorithm language, and what it costs")
+    check.add_argument("file", type=Path, metavar="FILE", help="a .py file with a score function; - reads from stdin")
+    check.add_argument(
+        "--sparsity", type=float, default=0.6, help="share of the weights that is pruned on the small test layers"
+    )
+    check.set_defaults(run=_check)
+
     report = commands.add_parser("report", help="show what a search found")
     report.add_argument("folder", metavar="RUN", help="name or folder of a run")
     report.set_defaults(run=_report)
@@ -261,6 +268,31 @@ def _prune(options: argparse.Namespace) -> None:
     damped = [name for name, layer in sidecar["layers"].items() if "damping" in layer]
     if damped:
         print(f"{len(damped)} layers needed more damping for their Hessian than usual: {', '.join(damped[:5])}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from autoprune.algorithms.cost import dry_run
+    from autoprune.algorithms.language import LanguageError, parse
+    from autoprune.algorithms.probe import probe
+    from autoprune.models.errors import InputError
+    from autoprune.models.pruning import check_sparsity
+    from autoprune.pipeline.population import read_score
+
+    check_sparsity(options.sparsity)
+    algorithm = read_score(options.file)
+    program = parse(algorithm.score)
+    try:
+        cost = dry_run(program)
+        masks = {group: probe(replace(algorithm, group=group), options.sparsity) for group in ("row", "matrix")}
+    except LanguageError as error:
+        raise InputError(f"{options.file}: {error}") from None
+    print(program.source)
+    print(f"reads: {', '.join(('W', *program.reads))}")
+    print(f"cost: {cost.operations:.1f} operations per weight; {cost.matrices:.1f} matrices of W's size at a time")
+    for group, found in masks.items():
+        print(f"masks by {group}: {found.mask_hash}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

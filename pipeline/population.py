@@ -6,6 +6,7 @@ import bisect
 import difflib
 import itertools
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def read_allocation(text: str) -> Allocation:
 def read_score(file: Path) -> Algorithm:
     """A score function of one's own from a file in the algorithm language: compared by row, allocated uniformly."""
     try:
-        text = file.read_text()
+        text = sys.stdin.read() if str(file) == "-" else file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {file}: {getattr(error, 'strerror', 'it is not text')}") from None
     try:

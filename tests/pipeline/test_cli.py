@@ -1,7 +1,9 @@
 """Bad input: one clear line, exit code 2, nothing half-written. Good input: prune, evaluate and models for real."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -271,3 +273,23 @@ def test_models_list_names_what_is_bundled(capsys):
     for name in ("smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct", "wikipedia-sample"):
         assert name in printed
     assert "no bundled model" in refused(capsys, "models", "fetch", "smollm")
+
+
+def test_check_says_what_a_source_is_and_costs(capsys, tmp_path, monkeypatch):
+    file = tmp_path / "score.py"
+    file.write_text("import torch\ndef score(W, x_std, x_norm):\n    a = x_norm * torch.abs(W)\n    return a / 2\n")
+    assert main(["check", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["def score(W, x_norm):", "    v0 = W.abs() * x_norm", "    return v0 / 2.0"]
+    assert lines[3:5] == ["reads: W, x_norm", "cost: 3.0 operations per weight; 2.0 matrices of W's size at a time"]
+    assert re.fullmatch(r"masks by row: [0-9a-f]{16}\nmasks by matrix: [0-9a-f]{16}", "\n".join(lines[5:]))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(file.read_text()))
+    assert main(["check", "-"]) == 0 and capsys.readouterr().out.splitlines() == lines
+    for source, reason in (
+        ("def score(W):\n    return W.nump()", "line 2, column 12: 'nump' is not in the language"),
+        ("def score(W):\n    return W.sum(dim=1)", "expected float32"),
+        ("def score(W):\n    return W * 0", "nothing is ranked"),
+    ):
+        file.write_text(source)
+        assert reason in refused(capsys, "check", file)
+    assert "sparsity is 2" in refused(capsys, "check", file, "--sparsity", "2")

@@ -1,0 +1,130 @@
+"""docs/language.md, made from the tables that the reader and the grammar are made from.
+
+python -m autoprune.algorithms.manual > docs/language.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from autoprune.algorithms import cost, grammar, reader
+from autoprune.algorithms.operations import NEED_DIM, OPERATIONS, Operation
+from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
+
+HEAD = """# The algorithm language
+
+A score function gives every weight of a linear layer a number; in each comparison group the lowest are pruned:
+
+    def score(W, x_norm):
+        m0 = W.abs() * x_norm
+        c0 = m0.mean(dim=1, keepdim=True)
+        return m0 / (c0 + 1e-6)
+
+It is Python to look at, and nothing of Python but what stands on this page: `autoprune check FILE` says whether a
+source is in the language, what it reads and what it costs. This page is made from the tables that the reader and the
+decoding grammar are made from (`make docs`).
+
+- The first parameter is `W`, float32 [out, in]; the others name the statistics that are read, in any order.
+- The body is assignments `name = expression`, loops `for _ in range(N)` with N a literal, and one final `return` of a
+  float32 tensor of W's shape. Inputs are never assigned to; any other names will do.
+- Values are broadcast as in torch; `[None, :]`, `[:, None]`, slices and integers are the only subscripts.
+- Numbers are floats. `tune(0.5, 0.1, 2)` is 0.5, and may be moved between 0.1 and 2 by a search.
+- A method can also be written `torch.NAME(x, …)`; a leading `import torch`, a docstring and annotations are dropped.
+- Equal programs have one canonical text: names, spacing, order of parameters, lines without effect and the order of
+  the operands of `+`, `*`, `maximum` and `minimum` do not matter.
+"""
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    names = {5: "out", 7: "in", 1: "1"}
+    text = f"[{', '.join(names[size] for size in tensor.shape)}]"
+    return text + {torch.bool: " (true or false)", torch.int64: " (whole numbers)"}.get(tensor.dtype, "")
+
+
+def _calls(operation: Operation) -> Iterator[tuple[str, str]]:
+    """Ways to write an operation, each with what it makes of a matrix: run on tensors without data."""
+    W, x = torch.empty(5, 7, device="meta"), torch.empty(7, device="meta")
+    space = {"torch": torch, "W": W, "x": x}
+    name, parameters = operation.name, operation.parameters
+    if operation.form == "operator":
+        texts = [f"W {name} {'x' if name == '@' else 'W'}"]
+    elif operation.form == "function":
+        texts = [f"torch.{name}({'W > 0, ' if 'condition' in parameters else ''}W, W)"]
+    elif "dim" in parameters:
+        first = "0.5, " if "q" in parameters else ""
+        keeps = ", keepdim=True" if "keepdim" in parameters else ""
+        texts = [f"W.{name}({first}dim=0)", f"W.{name}({first}dim=1{keeps})"]
+        if name not in NEED_DIM:
+            texts.append(f"W.{name}()")
+        if name == "unsqueeze":
+            texts = ["x.unsqueeze(dim=0)", "W.sum(dim=1).unsqueeze(dim=1)"]
+    else:
+        arguments = {"exponent": "2", "min": "min=0", "max": "max=1"}
+        texts = [f"W.{name}({', '.join(arguments[parameter] for parameter in parameters)})"]
+    for text in texts:
+        value = eval(text.replace(".median(", ".quantile(0.5, "), space)  # texts from above, never a candidate's
+        yield text, _shape(value)
+
+
+def page() -> str:
+    statistics = [
+        (f"`{name}`", "[out, in]" if one.type == "m" else "[in]", one.description, "yes" if usual else "")
+        for name, one in STATISTICS.items()
+        for usual in [name in DEFAULT_STATISTICS]
+    ]
+    operations = [
+        ("<br>".join(f"`{text}`" for text, _ in calls), "<br>".join(shape for _, shape in calls), operation.doc)
+        for operation in OPERATIONS
+        for calls in [list(_calls(operation))]
+    ]
+    lines = [
+        HEAD,
+        "## Inputs",
+        "",
+        "`W` is [out, in], the weights. Beside it, made only where an algorithm reads them:",
+        "",
+        *_table(("name", "shape", "what", "offered to a search by default"), statistics),
+        "",
+        "## Operations",
+        "",
+        "Of W [out, in] and a row x [in] as examples; rows, columns [out, 1] and scalars may do what a matrix may.",
+        "",
+        *_table(("written", "shape", "gives"), operations),
+        "",
+        "## Bounds",
+        "",
+        f"- A source has at most {reader.MAX_SOURCE:,} characters and {reader.MAX_NODES:,} syntax nodes, nested "
+        f"{reader.MAX_DEPTH} deep; a loop takes at most {reader.MAX_TURNS} turns and does not nest; a literal is at "
+        f"most {reader.MAX_NUMBER:g} in size.",
+        f"- No value has more numbers than W. At most {cost.MAX_OPERATIONS} operations are made per weight, of which "
+        f"a sort counts as {cost.SORT}, and at most {cost.MAX_MATRICES} matrices of W's size are alive at a time.",
+        "- On small layers, scores must be finite, differ within a comparison group, be the same twice, and leave "
+        "their inputs as they were.",
+        "",
+        "## What a search writes",
+        "",
+        "A model that decodes under the grammar writes this language with names that tell types: `m0` a matrix, `r0` "
+        "a row, `c0` a column. A line may name only what stands above it, so every answer can be run. Some of its "
+        "rules, as they hold when one matrix and one row have been defined:",
+        "",
+        *(f"    {line}" for line in _excerpt()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _excerpt() -> list[str]:
+    """Rules of one state of the grammar, as they are given to the decoder."""
+    wanted = ("name-m1", "name-r1", "m-to-c", "m110", "r110", "return110m", "k", "e")
+    rules = dict(line.split(" ::= ", 1) for line in grammar.answer_grammar(3).splitlines())
+    return [f"{name} ::= {rules[name]}" for name in wanted if name in rules]
+
+
+if __name__ == "__main__":
+    print(page(), end="")
