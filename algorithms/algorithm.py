@@ -45,18 +45,21 @@ class Allocation:
     """Which rule turns summaries into sparsities, and its parameters (see `algorithms.allocation`).
 
     per: "block", or "layer" where each linear layer gets its own sparsity. values: for the rule "explicit" alone, one
-    sparsity per block or layer, from which the budget is met.
+    sparsity per block or layer, from which the budget is met. source: for the rule "written" alone, the text of
+    `allocate(profile, sparsity)` in the algorithm language.
     """
 
     name: str = "uniform"
     parameters: dict[str, float] = field(default_factory=dict)
     per: str = "block"
     values: tuple[float, ...] = ()
+    source: str = ""
 
     def __str__(self) -> str:
         parts = [self.name + ("@layer" if self.per == "layer" else "")]
         parts += [f"{name}={value:g}" for name, value in sorted(self.parameters.items())]
-        return " ".join([*parts, *(f"{value:g}" for value in self.values)])
+        parts += [f"{value:g}" for value in self.values]
+        return " ".join([*parts, hashlib.sha256(self.source.encode()).hexdigest()[:8]] if self.source else parts)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class Algorithm:
     def to_dict(self) -> dict:
         data = asdict(self)
         data["allocation"]["values"] = list(self.allocation.values)
+        if not self.allocation.source:  # as in the journals of searches that know of no such allocation
+            del data["allocation"]["source"]
         return data
 
     @classmethod

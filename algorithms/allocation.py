@@ -12,16 +12,23 @@ from collections.abc import Sequence
 from itertools import product
 from operator import mul
 
+import torch
+
 from autoprune.algorithms.algorithm import Allocation, Sparsities
+from autoprune.algorithms.language import parse_allocation
 from autoprune.algorithms.profiles import BlockProfile, Profile
-from autoprune.algorithms.rules import DEFAULTS, RANGES, RULES, Units
+from autoprune.algorithms.rules import DEFAULTS, RANGES, RULES, Rule, Units
 
 # No block keeps less than this share of the mean retention: a rule may starve a block, never empty it. Being relative,
 # the floor can be met at every sparsity; a fixed one could not be at 99%. No block keeps more than all of itself.
 RETENTION_FLOOR = 0.1
 PER = ("block", "layer")
 # Summaries that cost more than a look at the weights and are None in a profile unless they were asked for.
-OPTIONAL = frozenset({"log_score_variance", "tail_exponent"})
+OPTIONAL = frozenset({"log_score_variance", "tail_exponent", "kurtosis", "score_std"})
+# The rule whose wishes are a program in the algorithm language (`Allocation.source`).
+WRITTEN = "written"
+# Share of the greatest wish that stands for a wish of nothing.
+LEAST_WISH = 1e-9
 # `nm_counts` counts in parts of 1/GRID of a weight in m, so that sums are exact and the same on every machine.
 GRID = 1 << 20
 # So many units, those whose rounding is least clear, `nm_counts` rounds in every way: 4096 ways.
@@ -33,11 +40,19 @@ class AllocationError(ValueError):
 
 
 def check_allocation(allocation: Allocation) -> None:
-    """Raise AllocationError for an unknown name, an unknown parameter, or a value that is out of its range."""
+    """Raise AllocationError for an unknown name, an unknown parameter, or a value that is out of its range;
+    LanguageError for a written one that is not in the language."""
     name = allocation.name
     _check_name(name)
     if allocation.per not in PER:
         raise AllocationError(f"an allocation is per {' or '.join(PER)}, got {allocation.per!r}")
+    if name == WRITTEN:
+        parse_allocation(allocation.source)
+        if allocation.parameters or allocation.values:
+            raise AllocationError("a written allocation has no parameters and no values")
+        return
+    if allocation.source:
+        raise AllocationError(f"only the allocation {WRITTEN!r} has a source, not {name!r}")
     ranges = RANGES[name]
     for parameter, value in allocation.parameters.items():
         if parameter not in ranges:
@@ -53,13 +68,15 @@ def check_allocation(allocation: Allocation) -> None:
         _check_number(f"value {index} of allocation {name!r}", value, 0.0, 1.0)
 
 
-def needs(name: str) -> frozenset[str]:
-    """The fields of a `Profile` that a rule reads and that are None unless asked for: none, or one of OPTIONAL.
+def needs(allocation: Allocation) -> frozenset[str]:
+    """The fields of a `Profile` that an allocation reads and that are None unless asked for: some of OPTIONAL.
 
     Raises AllocationError for an unknown name.
     """
-    _check_name(name)
-    return OPTIONAL & {RULES[name].reads}
+    _check_name(allocation.name)
+    if allocation.name == WRITTEN:
+        return OPTIONAL & set(parse_allocation(allocation.source).reads)
+    return OPTIONAL & {RULES[allocation.name].reads}
 
 
 def allocate(allocation: Allocation, profiles: Sequence[BlockProfile], sparsity: float) -> Sparsities:
@@ -88,6 +105,7 @@ def allocate(allocation: Allocation, profiles: Sequence[BlockProfile], sparsity:
     - `atp` ("Determining Layer-wise Sparsity for Large Language Models Through a Theoretical Perspective", arXiv
       2502.14770): s_u = sparsity − beta·(B − 1)/2 + beta·b_u; by default beta = ATP_SPREAD/(B − 1).
     - `explicit`: s_u = value_u plus one constant, with one value per unit.
+    - `written`: r_u ∝ what `allocate(profile, sparsity)` of allocation.source returns (see `algorithms.language`).
     "mean" is weighted with numel, and the mean, the factor or the constant is that with which the budget is met after
     clipping; the originals of `owl`, `dlp`, `dsa` and `atp` take blocks for equals.
     Raises AllocationError as `check_allocation` does; for a sparsity out of range; where there are no blocks, or a
@@ -107,9 +125,13 @@ def allocate(allocation: Allocation, profiles: Sequence[BlockProfile], sparsity:
             raise AllocationError(f"the profile of block {counts.index(0)} has no layers: no allocation per layer")
         units = [layer for profile in profiles for layer in profile.layers]
         depths = [b for b, count in enumerate(counts) for _ in range(count)]
-    rule = RULES[allocation.name]
-    described = Units(_summaries(allocation, units, depths), depths, len(profiles), sparsity)
-    wishes = rule.wishes(described, **DEFAULTS[allocation.name] | allocation.parameters)
+    if allocation.name == WRITTEN:
+        rule = Rule(None, scaled=True)
+        wishes = _written(allocation, units, depths, sparsity)
+    else:
+        rule = RULES[allocation.name]
+        described = Units(_summaries(allocation, units, depths), depths, len(profiles), sparsity)
+        wishes = rule.wishes(described, **DEFAULTS[allocation.name] | allocation.parameters)
 
     kept, floor = 1 - sparsity, RETENTION_FLOOR * (1 - sparsity)
     numels = [unit.numel for unit in units]
@@ -175,12 +197,28 @@ def _summaries(allocation: Allocation, units: Sequence[Profile], depths: Sequenc
     field = RULES[allocation.name].reads
     if field is None:
         return []
-    summaries = [getattr(unit, field) for unit in units]
-    for summary, depth in zip(summaries, depths, strict=True):
-        if summary is None or not math.isfinite(summary):
-            state = "was not measured, or does not exist," if summary is None else f"is {summary}"
-            raise AllocationError(f"the allocation {allocation.name!r} reads {field}, which {state} in block {depth}")
-    return summaries
+    return [_measured(allocation, field, unit, depth) for unit, depth in zip(units, depths, strict=True)]
+
+
+def _written(allocation: Allocation, units: Sequence[Profile], depths: Sequence[int], sparsity: float) -> list[float]:
+    """What a candidate's own allocation wishes each unit to keep, held above 0 so that a factor can meet the budget."""
+    program = parse_allocation(allocation.source)
+    profile = {"depth": torch.tensor(depths, dtype=torch.float64) / max(*depths, 1)}
+    for name in program.reads:
+        if name != "depth":
+            summaries = [_measured(allocation, name, unit, depth) for unit, depth in zip(units, depths, strict=True)]
+            profile[name] = torch.tensor(summaries, dtype=torch.float64)
+    wishes = program(profile, sparsity)
+    return wishes.clamp(min=LEAST_WISH * wishes.max()).tolist()
+
+
+def _measured(allocation: Allocation, field: str, unit: Profile, depth: int) -> float:
+    """A summary of a unit in block `depth`. Raises AllocationError where it is None or not finite."""
+    summary = getattr(unit, field)
+    if summary is None or not math.isfinite(summary):
+        state = "was not measured, or does not exist," if summary is None else f"is {summary}"
+        raise AllocationError(f"the allocation {allocation.name!r} reads {field}, which {state} in block {depth}")
+    return summary
 
 
 def _fill(
@@ -209,7 +247,7 @@ def _fill(
 
 
 def _check_name(name: str) -> None:
-    if name not in RULES:
+    if name not in RULES and name != WRITTEN:
         nearest = difflib.get_close_matches(name, RULES, n=1, cutoff=0)[0]
         raise AllocationError(f"unknown allocation {name!r}: expected {', '.join(RULES)}; did you mean {nearest!r}?")
 

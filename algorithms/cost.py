@@ -36,13 +36,13 @@ class Cost:
     matrices: float
 
 
-class _Meter(TorchFunctionMode):
+class Meter(TorchFunctionMode):
     """Counts what is computed and what is alive; refuses results with more numbers than W has, such as outer products
     of a row with itself, and whatever goes beyond the bounds, when it does."""
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, what: str, *shape: int) -> None:
         super().__init__()
-        self.shape, self.numel = [rows, columns], rows * columns
+        self.what, self.numel = f"{what} {list(shape)}", math.prod(shape)
         self.operations = self.bytes = self.peak = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -53,7 +53,7 @@ class _Meter(TorchFunctionMode):
 
     def _count(self, name: str, operands: list[Tensor], result: Tensor) -> None:
         if result.numel() > self.numel:
-            raise LanguageError(f"a value of shape {list(result.shape)} is larger than W {self.shape}")
+            raise LanguageError(f"a value of shape {list(result.shape)} is larger than {self.what}")
         if result._is_view() or any(result is operand for operand in operands):
             return
         touched = max(tensor.numel() for tensor in (*operands, result))
@@ -87,18 +87,19 @@ def dry_run(program: Program) -> Cost:
     for rows, columns in SHAPES:
         W = torch.empty(rows, columns, device="meta")
         statistics = {name: torch.empty(STATISTICS[name].shape(rows, columns), device="meta") for name in program.reads}
-        meter = _Meter(rows, columns)
+        meter = Meter("W", rows, columns)
         try:
             with meter:
                 program(W, statistics)
         except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
-            raise LanguageError(_where(program, error)) from None
+            raise LanguageError(where(program.source, error)) from None
         costs.append(meter.cost)
     return Cost(max(cost.operations for cost in costs), max(cost.matrices for cost in costs))
 
 
-def _where(program: Program, error: Exception) -> str:
-    """The first line of the message, and the program's line that raised it."""
+def where(source: str, error: Exception) -> str:
+    """The first line of the message, and the line of a program's text that raised it."""
     message = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<score>"]
-    return f"in `{program.source.splitlines()[lines[-1] - 1].strip()[:160]}`: {message}" if lines else message
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename in ("<score>", "<allocate>")]
+    return f"in `{source.splitlines()[lines[-1] - 1].strip()[:160]}`: {message}" if lines else message

@@ -1,4 +1,4 @@
-"""The algorithm language: read a candidate's score function and run it; read a model's whole answer."""
+"""The algorithm language: read a candidate's functions and run them; read a model's whole answer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from autoprune.algorithms.algorithm import GROUPS, Algorithm, Allocation
 from autoprune.algorithms.operations import OPERATIONS
-from autoprune.algorithms.reader import LanguageError, canonical
+from autoprune.algorithms.reader import FORMS, Function, canonical
 from autoprune.algorithms.rules import DEFAULTS
+from autoprune.algorithms.translator import LanguageError
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS
 
-__all__ = ["LanguageError", "Program", "Proposal", "parse", "parse_answer"]
+__all__ = ["AllocationProgram", "LanguageError", "Program", "Proposal", "parse", "parse_allocation", "parse_answer"]
 
 # All of torch that a program can name.
 FUNCTIONS = SimpleNamespace(**{o.name: getattr(torch, o.name) for o in OPERATIONS if o.form == "function"})
@@ -64,6 +65,38 @@ class Program:
         return scores
 
 
+@dataclass(frozen=True)
+class AllocationProgram:
+    """An allocation that was read. source: canonical text, as of a `Program`. reads: the summaries that it reads, in
+    the order of SUMMARIES."""
+
+    source: str
+    reads: tuple[str, ...]
+    _allocate: Callable[..., Tensor] = field(repr=False, compare=False)
+
+    def __call__(self, profile: Mapping[str, Tensor], sparsity: float) -> Tensor:
+        """The retention that each unit wishes for, float64 [units], finite and not all 0; below 0 is 0. Only their
+        ratios count, since the budget is met afterwards.
+
+        profile: float64 [units] by name, at least what `reads` names; sparsity: the target, 0 ≤ sparsity < 1.
+        Raises LanguageError where the result is something else.
+        """
+        summaries = {name: profile[name] for name in self.reads}
+        wishes = self._allocate(SimpleNamespace(**summaries), sparsity)
+        units = len(next(iter(profile.values())))
+        if not isinstance(wishes, Tensor):
+            raise LanguageError(
+                f"allocate returned a {type(wishes).__name__}, expected a tensor with a number per unit"
+            )
+        if wishes.shape != (units,) or wishes.dtype != torch.float64:
+            raise LanguageError(
+                f"allocate returned {_dtype(wishes)} {list(wishes.shape)}, expected float64 [{units}], one per unit"
+            )
+        if not wishes.isfinite().all() or wishes.max() <= 0:
+            raise LanguageError("allocate must return retentions that are finite, and one of them above 0")
+        return wishes.clamp(min=0)
+
+
 class _Settled(ast.NodeTransformer):
     """`tune(value, low, high)` of a program that is to run: the value."""
 
@@ -81,10 +114,27 @@ def parse(source: str) -> Program:
 
     Raises LanguageError for everything outside the language. Shapes are not checked here, but by `cost.dry_run`.
     """
-    text, reads = canonical(source)
+    function = _only(source, "score")
+    return Program(function.text, function.reads, _compiled(function, "score"))
+
+
+def parse_allocation(source: str) -> AllocationProgram:
+    """As `parse`, for `allocate(profile, sparsity)`."""
+    function = _only(source, "allocate")
+    return AllocationProgram(function.text, function.reads, _compiled(function, "allocate"))
+
+
+def _only(source: str, name: str) -> Function:
+    functions = canonical(source)
+    if functions.keys() != {name}:
+        raise LanguageError(f"expected exactly one function, `{FORMS[name]}`, and nothing beside it")
+    return functions[name]
+
+
+def _compiled(function: Function, name: str) -> Callable[..., Tensor]:
     namespace: dict = {"__builtins__": {}, "range": range, "torch": FUNCTIONS}
-    exec(compile(_Settled().visit(ast.parse(text)), "<score>", "exec"), namespace)
-    return Program(text, reads, namespace["score"])
+    exec(compile(_Settled().visit(ast.parse(function.text)), f"<{name}>", "exec"), namespace)
+    return namespace[name]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
-from autoprune.algorithms import cost, grammar, reader
+from autoprune.algorithms import cost, grammar, reader, translator
 from autoprune.algorithms.operations import NEED_DIM, OPERATIONS, Operation
-from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
+from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS, SUMMARIES
+from autoprune.algorithms.written import WRITTEN_ALLOCATIONS as PROJECT
 
 HEAD = """# The algorithm language
 
@@ -32,13 +33,17 @@ decoding grammar are made from (`make docs`).
 - Values are broadcast as in torch; `[None, :]`, `[:, None]`, slices and integers are the only subscripts.
 - Numbers are floats. `tune(0.5, 0.1, 2)` is 0.5, and may be moved between 0.1 and 2 by a search.
 - A method can also be written `torch.NAME(x, …)`; a leading `import torch`, a docstring and annotations are dropped.
+- Beside the score, or alone, a source may hold `allocate(profile, sparsity)`, which returns the retention of each unit
+  (decoder blocks, or linear layers where the allocation is per layer), float64 [units]; only ratios count, since the
+  budget is met afterwards. It reads summaries as `profile.NAME`.
 - Equal programs have one canonical text: names, spacing, order of parameters, lines without effect and the order of
   the operands of `+`, `*`, `maximum` and `minimum` do not matter.
 """
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+    escaped = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *escaped)]
 
 
 def _shape(tensor: torch.Tensor) -> str:
@@ -72,6 +77,10 @@ def _calls(operation: Operation) -> Iterator[tuple[str, str]]:
         yield text, _shape(value)
 
 
+def _indented(name: str, source: str) -> str:
+    return "".join(f"    {line}\n" for line in (f"# {name}", *source.splitlines()))
+
+
 def page() -> str:
     statistics = [
         (f"`{name}`", "[out, in]" if one.type == "m" else "[in]", one.description, "yes" if usual else "")
@@ -91,6 +100,10 @@ def page() -> str:
         "",
         *_table(("name", "shape", "what", "offered to a search by default"), statistics),
         "",
+        "An allocation reads summaries, `profile.NAME`, float64 [units], w being weights and A = |w|·x_norm:",
+        "",
+        *_table(("name", "what"), [(f"`{name}`", text) for name, text in SUMMARIES.items()]),
+        "",
         "## Operations",
         "",
         "Of W [out, in] and a row x [in] as examples; rows, columns [out, 1] and scalars may do what a matrix may.",
@@ -100,13 +113,18 @@ def page() -> str:
         "## Bounds",
         "",
         f"- A source has at most {reader.MAX_SOURCE:,} characters and {reader.MAX_NODES:,} syntax nodes, nested "
-        f"{reader.MAX_DEPTH} deep; a loop takes at most {reader.MAX_TURNS} turns and does not nest; a literal is at "
-        f"most {reader.MAX_NUMBER:g} in size.",
+        f"{reader.MAX_DEPTH} deep; a loop takes at most {translator.MAX_TURNS} turns and does not nest; a literal is "
+        f"at most {translator.MAX_NUMBER:g} in size.",
         f"- No value has more numbers than W. At most {cost.MAX_OPERATIONS} operations are made per weight, of which "
         f"a sort counts as {cost.SORT}, and at most {cost.MAX_MATRICES} matrices of W's size are alive at a time.",
         "- On small layers, scores must be finite, differ within a comparison group, be the same twice, and leave "
         "their inputs as they were.",
         "",
+        "## Allocations that the project brings",
+        "",
+        "They do what the rules of the same name do, to rounding:",
+        "",
+        *(_indented(name, source) for name, source in PROJECT.items()),
         "## What a search writes",
         "",
         "A model that decodes under the grammar writes this language with names that tell types: `m0` a matrix, `r0` "

@@ -1,9 +1,11 @@
-"""What an algorithm does to three small layers: proof that it runs, and a fingerprint of the masks that it yields."""
+"""What an algorithm does to three small layers, and to models of a few blocks: proof that it runs, and a fingerprint of
+the masks that it yields."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -12,9 +14,9 @@ import torch
 from torch import Tensor
 
 from autoprune.algorithms.algorithm import Algorithm, Group
-from autoprune.algorithms.cost import dry_run
-from autoprune.algorithms.language import LanguageError, parse
-from autoprune.algorithms.vocabulary import STATISTICS
+from autoprune.algorithms.cost import Meter, dry_run, where
+from autoprune.algorithms.language import LanguageError, parse, parse_allocation
+from autoprune.algorithms.vocabulary import STATISTICS, SUMMARIES
 from autoprune.kernels.masks import matrix_mask, nm_mask, pack, row_mask, tile_mask
 
 # [out, in] of the probe layers: wide, wider, square.
@@ -128,4 +130,48 @@ def probe(algorithm: Algorithm, sparsity: float) -> ProbeResult:
     bits = pack(torch.cat(masks)).numpy().tobytes()
     # Without an update the text is the allocation's alone, as in the checkpoints of searches that know of no update.
     plan = str(algorithm.allocation) + ("" if algorithm.update == "none" else f"/{algorithm.update}")
+    if algorithm.allocation.source:  # one that does the same is the same
+        plan = plan.replace(str(algorithm.allocation), probe_allocation(algorithm.allocation.source))
     return ProbeResult(bits.hex(), hashlib.sha256(bits + plan.encode()).hexdigest()[:16])
+
+
+UNITS = (1, 5, 12, 31)  # of the probe's models
+
+
+@functools.cache
+def _models() -> tuple[dict[str, Tensor], ...]:
+    """Summaries of models, float64 by name: units of different size, and one far more skewed than the others."""
+    models = []
+    for units in UNITS:
+        spread = {name: _own(units, name, units) for name in SUMMARIES}
+        values = {name: 1 + 0.5 * spread[name] for name in SUMMARIES}
+        values["numel"] = 1e6 * values["numel"].mul(8).round()
+        values["depth"] = torch.arange(units, dtype=torch.float64) / max(units - 1, 1)
+        outlier = torch.arange(units) == units // 2
+        values["skewness"] = 2 + spread["skewness"] + torch.where(outlier, 15.0, 0.0)
+        values["kurtosis"] = 3 + values["skewness"].square()
+        models.append(values)
+    return tuple(models)
+
+
+def probe_allocation(source: str) -> str:
+    """Run an allocation on the probe's models at several sparsities: 16 hexadecimal digits over what it yields.
+
+    Raises LanguageError where it is not written in the language, an operation fails, a value has more numbers than
+    there are units, the result is not what `AllocationProgram` says, differs between two runs, or an input was written
+    to.
+    """
+    program = parse_allocation(source)
+    shares = []
+    for model, sparsity in itertools.product(_models(), (0.5, 0.7)):
+        profile = {name: value.clone() for name, value in model.items()}
+        try:
+            with Meter("the number of units", len(profile["depth"])):
+                wishes = program(profile, sparsity)
+        except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
+            raise LanguageError(where(program.source, error)) from None
+        unchanged = all(torch.equal(profile[name], model[name]) for name in model)
+        if not unchanged or not torch.equal(program(profile, sparsity), wishes):
+            raise LanguageError("two runs of allocate on the same input differ, or the input was written to")
+        shares += (wishes / wishes.sum()).tolist()
+    return hashlib.sha256(" ".join(f"{share:.9f}" for share in shares).encode()).hexdigest()[:16]

@@ -1,214 +1,33 @@
-"""From any source text to the canonical text of a score function, or to a refusal.
+"""From any source text to the canonical text of its functions, or to a refusal.
 
-Candidates are hostile until shown otherwise. The reader builds a new syntax tree out of the few things that it knows
-(`algorithms.operations`) and writes that out; whatever it does not know is refused, never passed on.
+A source holds `score(W, …)`, `allocate(profile, sparsity)`, or both.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
 import os
+from dataclasses import dataclass
 
-from autoprune.algorithms.operations import BY_NAME, KEYWORDS, NEED_DIM, OPERATIONS
-from autoprune.algorithms.vocabulary import STATISTICS
+from autoprune.algorithms.translator import LanguageError, Translator, nearest, refuse
+from autoprune.algorithms.vocabulary import STATISTICS, SUMMARIES
 
 MAX_SOURCE = 10_000  # characters
 MAX_DEPTH = 40  # of the syntax tree; keeps every recursion below far from the interpreter's limit
 MAX_NODES = 1_000
-MAX_TURNS = 8  # of a loop; loops do not nest
-MAX_NUMBER = 1e9
 # Where a source is said to stand: for some errors Python opens the file of that name, to show a line of it. No file can
 # have this name.
 NOWHERE = f"{os.devnull}/candidate"
-RESERVED = ("torch", "range", "tune", "_")
-MAX_MESSAGE = 400  # characters; a name in the source may be long
-
-OPERATORS = tuple(operation.name for operation in OPERATIONS if operation.form == "operator")
-_PARSED = tuple(ast.parse(f"a {sign} b", mode="eval").body for sign in OPERATORS)
-ARITHMETIC = tuple(type(node.op) for node in _PARSED if isinstance(node, ast.BinOp))
 COMMUTATIVE = (ast.Add, ast.Mult)  # bit by bit, for floats as well
-COMPARISONS = tuple(type(node.ops[0]) for node in _PARSED if isinstance(node, ast.Compare))
+FORMS = {"score": "def score(W, …):", "allocate": "def allocate(profile, sparsity):"}
 
 
-class LanguageError(ValueError):
-    """Why a source cannot be used, in one line, with line and column where there is one."""
+@dataclass(frozen=True)
+class Function:
+    """text: canonical. reads: the statistics, or summaries, that it reads, in the order of their table."""
 
-
-def _refuse(node: ast.AST, message: str) -> LanguageError:
-    return LanguageError(f"line {node.lineno}, column {node.col_offset + 1}: {message}"[:MAX_MESSAGE])
-
-
-def _nearest(name: str, allowed: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; allowed: {', '.join(sorted(allowed))}"
-
-
-class _Reader:
-    """Translates one function's statements; `known` are the names defined so far."""
-
-    def __init__(self, parameters: tuple[str, ...]) -> None:
-        self.parameters = parameters
-        self.known = list(parameters)
-
-    def statements(self, nodes: list[ast.stmt], in_loop: bool = False) -> list[ast.stmt]:
-        return [self.statement(node, in_loop) for node in nodes]
-
-    def statement(self, node: ast.stmt, in_loop: bool) -> ast.stmt:
-        match node:
-            case ast.Assign(targets=[ast.Name() as target], value=value):
-                return self.assignment(target, self.expression(value))
-            case ast.AugAssign(target=ast.Name() as target, op=op, value=value):
-                # Written out, so that a local that shares W's memory is never changed in place.
-                left = self.expression(ast.copy_location(ast.Name(target.id, ast.Load()), target))
-                return self.assignment(target, ast.BinOp(left, self.operator(node, op), self.expression(value)))
-            case ast.For(
-                target=ast.Name() as target,
-                iter=ast.Call(func=ast.Name("range"), args=[ast.Constant(int() as turns)], keywords=[]),
-                orelse=[],
-            ) if not in_loop:
-                if isinstance(turns, bool) or not 1 <= turns <= MAX_TURNS:
-                    raise _refuse(node, f"range({turns}): a loop takes 1 to {MAX_TURNS} turns")
-                if target.id in self.known:
-                    raise _refuse(target, f"'{target.id}' is already a name; write `for _ in range({turns})`")
-                body = self.statements(node.body, in_loop=True)
-                call = ast.Call(ast.Name("range", ast.Load()), [ast.Constant(turns)], [])
-                return ast.For(ast.Name("_", ast.Store()), call, body, [])
-            case ast.For():
-                raise _refuse(node, f"a loop is `for _ in range(N)`, N a literal up to {MAX_TURNS}, and not in a loop")
-            case ast.Return(value=ast.expr() as value) if not in_loop:
-                return ast.Return(self.expression(value))
-        what = f"the statement {type(node).__name__}"
-        if isinstance(node, ast.Return):
-            what = "a return inside a loop" if in_loop else "a return without a value"
-        raise _refuse(node, f"{what} is not in the language; expected `name = expression` or a final return")
-
-    def assignment(self, target: ast.Name, value: ast.expr) -> ast.stmt:
-        if target.id in self.parameters:
-            raise _refuse(target, f"'{target.id}' is an input and stays as it is; assign to another name")
-        if target.id in RESERVED or "__" in target.id:
-            raise _refuse(target, f"'{target.id}' cannot be assigned to; choose another name")
-        if target.id not in self.known:
-            self.known.append(target.id)
-        return ast.Assign([ast.Name(target.id, ast.Store())], value)
-
-    def operator(self, node: ast.AST, op: ast.operator) -> ast.operator:
-        if not isinstance(op, ARITHMETIC):
-            raise _refuse(
-                node, f"the operator {type(op).__name__} is not in the language; allowed: {' '.join(OPERATORS)}"
-            )
-        return op
-
-    def expression(self, node: ast.expr) -> ast.expr:
-        match node:
-            case ast.Name(id=name):
-                if name not in self.known:
-                    hint = "; add it to the parameters" if name in STATISTICS else _nearest(name, tuple(self.known))
-                    raise _refuse(node, f"'{name}' is not defined{hint}")
-                return ast.Name(name, ast.Load())
-            case ast.Constant():
-                return ast.Constant(self.number(node))
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return ast.UnaryOp(ast.USub(), self.expression(operand))
-            case ast.BinOp(left=left, op=op, right=right):
-                return ast.BinOp(self.expression(left), self.operator(node, op), self.expression(right))
-            case ast.Compare(left=left, ops=[op], comparators=[right]) if isinstance(op, COMPARISONS):
-                return ast.Compare(self.expression(left), [op], [self.expression(right)])
-            case ast.Subscript(value=value, slice=index):
-                return ast.Subscript(self.expression(value), self.index(index), ast.Load())
-            case ast.Call(func=ast.Attribute(value=value, attr=name)):
-                return self.call(node, value, name)
-            case ast.Call(func=ast.Name("tune")):
-                return self.tuned(node)
-            case ast.Attribute(attr=name):
-                raise _refuse(node, f"the attribute '{name}' is not in the language; only calls of tensor methods are")
-            case ast.Call():
-                raise _refuse(node, "only tensor methods and functions written torch.NAME(…) can be called")
-        raise _refuse(node, f"the expression {type(node).__name__} is not in the language")
-
-    def tuned(self, node: ast.Call) -> ast.expr:
-        """`tune(value, low, high)`: the value, which a search may move between low and high."""
-        if len(node.args) != 3 or node.keywords:
-            raise _refuse(node, "expected tune(value, low, high), three numbers")
-        signs = [isinstance(argument, ast.UnaryOp) and isinstance(argument.op, ast.USub) for argument in node.args]
-        bare = [argument.operand if sign else argument for argument, sign in zip(node.args, signs, strict=True)]
-        if not all(isinstance(argument, ast.Constant) for argument in bare):
-            raise _refuse(node, "expected tune(value, low, high), three numbers")
-        value, low, high = (self.number(a) * (-1 if sign else 1) for a, sign in zip(bare, signs, strict=True))
-        if not low <= value <= high or low == high:
-            raise _refuse(node, f"tune({value:g}, {low:g}, {high:g}): expected low ≤ value ≤ high, and low below high")
-        return ast.Call(ast.Name("tune", ast.Load()), [_literal(number) for number in (value, low, high)], [])
-
-    def number(self, node: ast.Constant) -> float:
-        """Numbers become floats: powers of Python's integers could grow without bound."""
-        if type(node.value) not in (int, float) or not abs(node.value) <= MAX_NUMBER:
-            raise _refuse(node, f"a literal here is a number of at most {MAX_NUMBER:g} in size")
-        return float(node.value)
-
-    def integer(self, node: ast.expr) -> ast.expr:
-        match node:
-            case ast.Constant(int() as value) if type(value) is int and value <= MAX_NUMBER:
-                return ast.Constant(value)
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant() as operand):
-                return ast.UnaryOp(ast.USub(), self.integer(operand))
-        raise _refuse(node, "expected an integer literal")
-
-    def index(self, node: ast.expr) -> ast.expr:
-        match node:
-            case ast.Tuple(elts=elements):
-                return ast.Tuple([self.index(element) for element in elements], ast.Load())
-            case ast.Constant(None):
-                return ast.Constant(None)
-            case ast.Slice(lower=lower, upper=upper, step=step):
-                return ast.Slice(*(part and self.integer(part) for part in (lower, upper, step)))
-        return self.integer(node)
-
-    def call(self, node: ast.Call, value: ast.expr, name: str) -> ast.expr:
-        """`torch.NAME(x, …)` and `x.NAME(…)` become one form, with arguments such as dim given by name."""
-        operation = BY_NAME.get(name)
-        from_torch = isinstance(value, ast.Name) and value.id == "torch"
-        if operation is None or operation.form == "operator":
-            allowed = tuple(n for n, o in BY_NAME.items() if o.form != "operator")
-            raise _refuse(node, f"'{name}' is not in the language{_nearest(name, allowed)}")
-        positional = list(node.args) if from_torch else [value, *node.args]
-        parameters = operation.parameters if operation.form == "function" else ("input", *operation.parameters)
-        if len(positional) > len(parameters):
-            raise _refuse(node, f"{name} takes at most {len(parameters)} arguments, counting the tensor")
-        given = dict(zip(parameters, positional, strict=False))
-        for keyword in node.keywords:
-            if keyword.arg not in parameters or keyword.arg not in KEYWORDS or keyword.arg in given:
-                raise _refuse(keyword.value, f"{name} takes no further argument '{keyword.arg}'")
-            given[keyword.arg] = keyword.value
-        if "input" in parameters and "input" not in given:
-            raise _refuse(node, f"{name} needs a tensor")
-        if name in NEED_DIM and "dim" not in given:
-            raise _refuse(node, f"{name} needs dim=, such as dim=1")
-        if name == "median":  # torch's own returns two things; this is the mean of the two in the middle
-            name, operation = "quantile", BY_NAME["quantile"]
-            parameters, given = ("input", *operation.parameters), given | {"q": ast.Constant(0.5)}
-        if name == "argsort":  # of equal values the first comes first, on every device
-            given["stable"] = ast.Constant(True)
-        plain = [self.expression(argument) for key, argument in given.items() if key not in KEYWORDS]
-        named = [
-            ast.keyword(key, self.argument(key, given[key])) for key in parameters if key in KEYWORDS and key in given
-        ]
-        if operation.form == "function":
-            return ast.Call(ast.Attribute(ast.Name("torch", ast.Load()), name, ast.Load()), plain, named)
-        return ast.Call(ast.Attribute(plain[0], name, ast.Load()), plain[1:], named)
-
-    def argument(self, key: str, node: ast.expr) -> ast.expr:
-        if KEYWORDS[key] is int:
-            return self.integer(node)
-        if KEYWORDS[key] is bool:
-            if not (isinstance(node, ast.Constant) and isinstance(node.value, bool)):
-                raise _refuse(node, f"{key} is True or False")
-            return ast.Constant(node.value)
-        return self.expression(node)
-
-
-def _literal(number: float) -> ast.expr:
-    """As Python writes it: a sign is an operator of its own."""
-    return ast.UnaryOp(ast.USub(), ast.Constant(-number)) if number < 0 else ast.Constant(number)
+    text: str
+    reads: tuple[str, ...]
 
 
 class _InOrder(ast.NodeTransformer):
@@ -232,16 +51,22 @@ class _InOrder(ast.NodeTransformer):
 
 
 def _parameters(function: ast.FunctionDef) -> tuple[str, ...]:
+    """Names of the parameters, checked against the form of the function."""
     arguments = function.args
     names = tuple(argument.arg for argument in arguments.args)
     plain = ast.arguments([], arguments.args, None, [], [], None, [])
-    if function.decorator_list or ast.dump(arguments) != ast.dump(plain) or names[:1] != ("W",):
-        raise _refuse(function, f"expected `def score(W, …):`, the other parameters out of {', '.join(STATISTICS)}")
+    bare = not function.decorator_list and ast.dump(arguments) == ast.dump(plain)
+    if function.name == "allocate":
+        if not bare or names != ("profile", "sparsity"):
+            raise refuse(function, f"expected `{FORMS['allocate']}`")
+        return names
+    if not bare or names[:1] != ("W",):
+        raise refuse(function, f"expected `def score(W, …):`, the other parameters out of {', '.join(STATISTICS)}")
     for argument in arguments.args[1:]:
         if argument.arg not in STATISTICS:
-            raise _refuse(argument, f"'{argument.arg}' is not a statistic{_nearest(argument.arg, tuple(STATISTICS))}")
+            raise refuse(argument, f"'{argument.arg}' is not a statistic{nearest(argument.arg, tuple(STATISTICS))}")
     if len(set(names)) < len(names):
-        raise _refuse(function, "a parameter stands twice")
+        raise refuse(function, "a parameter stands twice")
     return names
 
 
@@ -249,8 +74,8 @@ def _imports_torch(node: ast.stmt) -> bool:
     return isinstance(node, ast.Import) and [(alias.name, alias.asname) for alias in node.names] == [("torch", None)]
 
 
-def _tree(source: str) -> ast.FunctionDef:
-    """The one function of the source, within bounds."""
+def _tree(source: str) -> list[ast.FunctionDef]:
+    """The functions of the source, within bounds."""
     if len(source) > MAX_SOURCE:
         raise LanguageError(f"the source has {len(source)} characters, at most {MAX_SOURCE} are read")
     try:
@@ -265,9 +90,11 @@ def _tree(source: str) -> ast.FunctionDef:
             raise LanguageError(f"the source is too large: at most {MAX_NODES} nodes, nested {MAX_DEPTH} deep")
         level = [child for node in level for child in ast.iter_child_nodes(node)]
     body = [node for node in module.body if not _imports_torch(node)]
-    if len(body) != 1 or not isinstance(body[0], ast.FunctionDef) or body[0].name != "score":
-        raise LanguageError("expected exactly one function, `def score(W, …):`, and nothing beside it")
-    return body[0]
+    names = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+    if not body or len(names) < len(body) or not set(names) <= FORMS.keys() or len(set(names)) < len(names):
+        forms = " and ".join(f"`{form}`" for form in FORMS.values())
+        raise LanguageError(f"expected {forms}, one of them or each once, and nothing beside them")
+    return body
 
 
 def _names(node: ast.AST, context: type) -> list[str]:
@@ -288,13 +115,18 @@ def _without_dead(statements: list[ast.stmt]) -> list[ast.stmt]:
     return kept
 
 
-def canonical(source: str) -> tuple[str, tuple[str, ...]]:
-    """Canonical text, and the statistics that it reads in the order of STATISTICS (see `language.Program`).
+def canonical(source: str) -> dict[str, Function]:
+    """The functions of a source by name: "score", "allocate", or both, in this order.
 
     Raises LanguageError for everything outside the language.
     """
-    function = _tree(source)
-    reader = _Reader(_parameters(function))
+    found = {function.name: _canonical(function) for function in _tree(source)}
+    return {name: found[name] for name in FORMS if name in found}
+
+
+def _canonical(function: ast.FunctionDef) -> Function:
+    parameters, allocates = _parameters(function), function.name == "allocate"
+    translator = Translator(("sparsity",), tuple(SUMMARIES)) if allocates else Translator(parameters)
     body = function.body
     if (
         isinstance(body[0], ast.Expr)
@@ -302,13 +134,18 @@ def canonical(source: str) -> tuple[str, tuple[str, ...]]:
         and isinstance(body[0].value.value, str)
     ):
         body = body[1:]
-    statements = reader.statements(body)
+    statements = translator.statements(body)
     returns = [i for i, statement in enumerate(statements) if isinstance(statement, ast.Return)]
     if not statements or returns != [len(statements) - 1]:
-        raise _refuse(function, "score must end with its only return")
+        raise refuse(function, f"{function.name} must end with its only return")
     statements = _without_dead(statements)
-    read = {name for statement in statements for name in _names(statement, ast.Load)}
-    reads = tuple(name for name in STATISTICS if name in read and name in reader.parameters)
+    if allocates:
+        read = {n.attr for s in statements for n in ast.walk(s) if isinstance(n, ast.Attribute)}
+        reads, names = tuple(name for name in SUMMARIES if name in read), parameters
+    else:
+        read = {name for statement in statements for name in _names(statement, ast.Load)}
+        reads = tuple(name for name in STATISTICS if name in read and name in parameters)
+        names = ("W", *reads)
     # A name is stored before it is read, so the order of stores is the order of first appearance.
     stored = [name for statement in statements for name in _names(statement, ast.Store) if name != "_"]
     renamed = {name: f"v{i}" for i, name in enumerate(dict.fromkeys(stored))}
@@ -316,6 +153,6 @@ def canonical(source: str) -> tuple[str, tuple[str, ...]]:
         for node in ast.walk(statement):
             if isinstance(node, ast.Name):
                 node.id = renamed.get(node.id, node.id)
-    arguments = ast.arguments([], [ast.arg(name) for name in ("W", *reads)], None, [], [], None, [])
-    definition = ast.FunctionDef("score", arguments, [_InOrder().visit(one) for one in statements], [], None)
-    return ast.unparse(ast.fix_missing_locations(ast.Module([definition], []))), reads
+    arguments = ast.arguments([], [ast.arg(name) for name in names], None, [], [], None, [])
+    definition = ast.FunctionDef(function.name, arguments, [_InOrder().visit(one) for one in statements], [], None)
+    return Function(ast.unparse(ast.fix_missing_locations(ast.Module([definition], []))), reads)

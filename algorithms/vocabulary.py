@@ -1,4 +1,4 @@
-"""The statistics that a score function may read: one table, from which everything that speaks of them is made."""
+"""What a candidate may read: tables from which everything that speaks of statistics and summaries is made."""
 
 from __future__ import annotations
 
@@ -39,3 +39,20 @@ STATISTICS: dict[str, Statistic] = {
 
 # What a search offers unless told otherwise: what one forward pass leaves.
 DEFAULT_STATISTICS = ("x_norm", "x_mean", "x_std")
+
+# What an allocation reads of each unit (a block, or a linear layer where the allocation is per layer), as
+# `profile.NAME`, float64 [units]. A are the Wanda scores |W|·x_norm, w the weights. All but depth are fields of
+# `algorithms.profiles.Profile`.
+SUMMARIES: dict[str, str] = {
+    "numel": "number of prunable weights",
+    "depth": "0 for the first block … 1 for the last",
+    "skewness": "skewness of |w|, high where outliers are",
+    "kurtosis": "kurtosis of |w|",
+    "weight_mean": "mean of |w|",
+    "weight_std": "standard deviation of |w|",
+    "score_mean": "mean of A",
+    "score_std": "standard deviation of A",
+    "outlier_share": "percentage of A above 5 times their mean",
+    "input_mean": "mean of x_norm over the input features",
+    "input_std": "standard deviation of x_norm over the input features",
+}

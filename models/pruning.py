@@ -14,7 +14,7 @@ from autoprune.algorithms.algorithm import UPDATES, Algorithm, Group
 from autoprune.algorithms.allocation import check_allocation
 from autoprune.algorithms.allocation import needs as features_of
 from autoprune.algorithms.language import LanguageError
-from autoprune.algorithms.probe import probe
+from autoprune.algorithms.probe import probe, probe_allocation
 from autoprune.algorithms.scores import NATIVE
 from autoprune.algorithms.statistics import GRAM_READERS
 from autoprune.models.checkpoint_files import checkpoint_bytes
@@ -96,6 +96,8 @@ def check_algorithm(algorithm: Algorithm, sparsity: float) -> None:
     try:
         group = Group.parse(algorithm.group)
         check_allocation(algorithm.allocation)
+        if algorithm.allocation.source:
+            probe_allocation(algorithm.allocation.source)
     except ValueError as error:
         raise InputError(str(error)) from None
     if algorithm.update not in UPDATES:
@@ -247,7 +249,7 @@ def prune(
     reads = needs(algorithm)
     anew = "gram" in reads or sequential  # statistics are made on the second walk, block by block
     kept = reads - GRAM_READERS if anew else reads
-    calibrate(shard, tokens, kept | {"x_norm"}, features_of(algorithm.allocation.name), dtype)
+    calibrate(shard, tokens, kept | {"x_norm"}, features_of(algorithm.allocation), dtype)
     try:
         sparsities = planned_sparsities(algorithm, shard.profiles, sparsity)
     except ValueError as error:

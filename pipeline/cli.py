@@ -83,8 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--allocation",
         help="uniform (the default for n:m), sdsa (otherwise), owl, dlp, dsa, alphapruning, atp, or "
-        "explicit:0.5,0.6,… with one sparsity per block; with @layer behind the name, per layer; parameters behind a "
-        "colon: sdsa:tau=0.5,m=0.3",
+        "explicit:0.5,0.6,… with one sparsity per block, or a .py file with an allocate function; with @layer behind "
+        "the name, per layer; parameters behind a colon: sdsa:tau=0.5,m=0.3",
     )
     prune.add_argument("--update", help="new values for the kept weights: none (the default), sparsegpt or cg")
     prune.add_argument("--sparsity", type=float, help="share of the weights to remove, such as 0.6; n:m says it itself")
@@ -130,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     fetch.set_defaults(run=_models_fetch)
 
     check = commands.add_parser("check", help="say whether a source is in the algorithm language, and what it costs")
-    check.add_argument("file", type=Path, metavar="FILE", help="a .py file with a score function; - reads from stdin")
+    check.add_argument(
+        "file", type=Path, metavar="FILE", help="a .py file with score, allocate, or both; - reads from stdin"
+    )
     check.add_argument(
         "--sparsity", type=float, default=0.6, help="share of the weights that is pruned on the small test layers"
     )
@@ -229,10 +231,11 @@ def _prune(options: argparse.Namespace) -> None:
     if group.kind == "n:m" and sparsity is None:
         sparsity = 1 - group.first / group.second
     allocation = options.allocation or ("uniform" if group.kind == "n:m" else "sdsa")
+    in_file = own and algorithm.allocation.source and options.allocation is None
     algorithm = replace(
         algorithm,
         group=options.group or algorithm.group,
-        allocation=algorithm.allocation if "+" in says else read_allocation(allocation),
+        allocation=algorithm.allocation if "+" in says or in_file else read_allocation(allocation),
         update=options.update or algorithm.update,
     )
     if sparsity is None:
@@ -271,28 +274,32 @@ def _prune(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from dataclasses import replace
-
+    from autoprune.algorithms.algorithm import Algorithm
     from autoprune.algorithms.cost import dry_run
     from autoprune.algorithms.language import LanguageError, parse
-    from autoprune.algorithms.probe import probe
+    from autoprune.algorithms.probe import probe, probe_allocation
     from autoprune.models.errors import InputError
     from autoprune.models.pruning import check_sparsity
-    from autoprune.pipeline.population import read_score
+    from autoprune.pipeline.population import read_functions
 
     check_sparsity(options.sparsity)
-    algorithm = read_score(options.file)
-    program = parse(algorithm.score)
+    functions, said = read_functions(options.file), []
     try:
-        cost = dry_run(program)
-        masks = {group: probe(replace(algorithm, group=group), options.sparsity) for group in ("row", "matrix")}
+        if "score" in functions:
+            score = functions["score"]
+            cost = dry_run(parse(score.text))
+            said += [score.text, f"reads: {', '.join(('W', *score.reads))}"]
+            work, held = f"{cost.operations:.1f} operations per weight", f"{cost.matrices:.1f} matrices of W's size"
+            said.append(f"cost: {work}; {held} at a time")
+            for group in ("row", "matrix"):
+                said.append(f"masks by {group}: {probe(Algorithm(score.text, group), options.sparsity).mask_hash}")
+        if "allocate" in functions:
+            allocation = functions["allocate"]
+            said += [allocation.text, f"reads: {', '.join((*allocation.reads, 'sparsity'))}"]
+            said.append(f"retentions: {probe_allocation(allocation.text)}")
     except LanguageError as error:
         raise InputError(f"{options.file}: {error}") from None
-    print(program.source)
-    print(f"reads: {', '.join(('W', *program.reads))}")
-    print(f"cost: {cost.operations:.1f} operations per weight; {cost.matrices:.1f} matrices of W's size at a time")
-    for group, found in masks.items():
-        print(f"masks by {group}: {found.mask_hash}")
+    print("\n".join(said))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

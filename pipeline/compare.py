@@ -202,7 +202,7 @@ class ComparisonRun:
         self.say(f"{subject.model}: {len(pending)} cells to measure, {subject.dtype}")
         algorithms = [cell.algorithm for cell in pending if cell.method is not None]
         statistics = frozenset().union(*(needs(algorithm) for algorithm in algorithms))
-        features = frozenset().union(*(features_of(algorithm.allocation.name) for algorithm in algorithms))
+        features = frozenset().union(*(features_of(algorithm.allocation) for algorithm in algorithms))
         bench = self.open_bench(subject, statistics, features, self.config.offload, self.say)
         for batch in batches(pending, self.config.side_by_side):
             began = time.monotonic()

@@ -217,7 +217,7 @@ def _run(
         sparsity=config.target.sparsity,
         splits=windows,
         statistics=frozenset(config.search.statistics).union(*(needs(seed) for seed in seeds)),
-        features=frozenset().union(*(features_of(seed.allocation.name) for seed in seeds)),
+        features=frozenset().union(*(features_of(seed.allocation) for seed in seeds)),
         deadline=evaluators.deadline,
         attempts=evaluators.attempts,
         resources=shared,

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autoprune.algorithms.algorithm import UPDATES, Algorithm, Allocation
-from autoprune.algorithms.allocation import DEFAULTS, AllocationError, check_allocation
+from autoprune.algorithms.allocation import DEFAULTS, WRITTEN, AllocationError, check_allocation
 from autoprune.algorithms.language import LanguageError, parse
+from autoprune.algorithms.reader import FORMS, Function, canonical
 from autoprune.algorithms.scores import BASELINES, NATIVE
 from autoprune.models.errors import InputError
 from autoprune.pipeline.lineage import Candidate, Lineage, mask_distance
@@ -59,7 +60,8 @@ def _known(what: str, name: str, names: Sequence[str]) -> None:
 
 
 def read_allocation(text: str) -> Allocation:
-    """`NAME[@layer][:key=value,…]`, or `explicit[@layer]:0.5,0.6,…` with one sparsity per block (or layer).
+    """`NAME[@layer][:key=value,…]`; `explicit[@layer]:0.5,0.6,…` with one sparsity per block (or layer); or
+    `FILE.py[@layer]` with a function `allocate(profile, sparsity)` in the algorithm language.
 
     Defaults are written out, so that equal allocations have equal texts. Raises InputError, one line.
     """
@@ -67,6 +69,13 @@ def read_allocation(text: str) -> Allocation:
     name, at, per = head.partition("@")
     if at and per != "layer":
         raise InputError(f"unknown ending {at + per!r} of allocation {head!r}: expected @layer or nothing")
+    if name.endswith(".py"):
+        if colon:
+            raise InputError(f"{text!r}: an allocation from a file has no parameters; write them into {name}")
+        functions = read_functions(Path(name))
+        if "allocate" not in functions:
+            raise InputError(f"{name} holds no `{FORMS['allocate']}`")
+        return Allocation(WRITTEN, {}, "layer" if at else "block", source=functions["allocate"].text)
     if settings == "tuned":
         raise InputError(f"{text!r} needs a fitness split: `autoprune compare` tunes; here, give parameters or none")
     parts = [part.strip() for part in settings.split(",")] if colon else []
@@ -87,16 +96,25 @@ def read_allocation(text: str) -> Allocation:
 
 
 def read_score(file: Path) -> Algorithm:
-    """A score function of one's own from a file in the algorithm language: compared by row, allocated uniformly."""
+    """An algorithm of one's own from a file in the algorithm language: the score is compared by row; the allocation is
+    the file's, or uniform where it holds none."""
+    functions = read_functions(file)
+    if "score" not in functions:
+        raise InputError(f"{file} holds no `{FORMS['score']}`")
+    allocation = Allocation(WRITTEN, source=functions["allocate"].text) if "allocate" in functions else Allocation()
+    return Algorithm(functions["score"].text, "row", allocation)
+
+
+def read_functions(file: Path) -> dict[str, Function]:
+    """By name, from a file, or "-" for what stands in. Raises InputError, one line."""
     try:
         text = sys.stdin.read() if str(file) == "-" else file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {file}: {getattr(error, 'strerror', 'it is not text')}") from None
     try:
-        program = parse(text)
+        return canonical(text)
     except LanguageError as error:
         raise InputError(f"{file}: {error}") from None
-    return Algorithm(program.source, "row")
 
 
 def seed(text: str) -> Candidate:

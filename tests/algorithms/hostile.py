@@ -15,7 +15,7 @@ def returns(expression: str) -> str:
     return body(f"return {expression}")
 
 
-ONE_FUNCTION = "expected exactly one function"
+ONE_FUNCTION = "one of them or each once, and nothing beside them"
 NO_EXPRESSION = "the expression "
 NO_STATEMENT = "the statement "
 NO_ATTRIBUTE = "attribute"

@@ -300,22 +300,26 @@ def test_rules_read_what_they_say_and_nothing_else():
 
 def test_needs_are_the_summaries_that_must_be_asked_for():
     wanted = {"dsa": {"log_score_variance"}, "alphapruning": {"tail_exponent"}}
-    assert {name: needs(name) for name in RANGES} == {name: frozenset(wanted.get(name, ())) for name in RANGES}
+    assert {name: needs(Allocation(name)) for name in RANGES} == {
+        name: frozenset(wanted.get(name, ())) for name in RANGES
+    }
     with pytest.raises(AllocationError, match="did you mean 'owl'"):
-        needs("olw")
+        needs(Allocation("olw"))
 
 
 @pytest.mark.parametrize("name, field", [("dsa", "log_score_variance"), ("alphapruning", "tail_exponent")])
 def test_a_summary_that_was_not_measured_is_named(name, field):
     profiles = [*MODEL[:2], replace(MODEL[2], **{field: None}), MODEL[3]]
-    with pytest.raises(AllocationError, match=f"'{name}' reads {field}, which was not measured in block 2"):
+    with pytest.raises(
+        AllocationError, match=f"'{name}' reads {field}, which was not measured, or does not exist, in block 2"
+    ):
         allocate(Allocation(name), profiles, 0.5)
     with pytest.raises(AllocationError, match=f"{field}, which is inf in block 0"):
         allocate(Allocation(name), [replace(MODEL[0], **{field: math.inf}), *MODEL[1:]], 0.5)
     layers = (*MODEL[2].layers[:2], replace(MODEL[2].layers[2], **{field: None}))
     profiles[2] = replace(MODEL[2], layers=layers)
     assert allocate(Allocation(name), profiles, 0.5) == allocate(Allocation(name), MODEL, 0.5)
-    with pytest.raises(AllocationError, match="was not measured in block 2"):
+    with pytest.raises(AllocationError, match="was not measured, or does not exist, in block 2"):
         allocate(Allocation(name, per="layer"), profiles, 0.5)
 
 

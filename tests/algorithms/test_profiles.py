@@ -13,12 +13,13 @@ from autoprune.algorithms import statistics
 from autoprune.algorithms.profiles import BlockProfile, Profile, block_profile
 from autoprune.algorithms.spectra import tail_exponent
 
-ALL = ("log_score_variance", "tail_exponent")
+ALL = ("log_score_variance", "tail_exponent", "kurtosis", "score_std")
 
 
 def loop_profile(layers) -> Profile:
     """Every number but the tail exponent from its definition, one weight at a time."""
     weights, scores = [], []
+    norms = [norm for _, x_norm in layers for norm in x_norm.tolist()]
     for weight, x_norm in layers:
         for row in weight.tolist():
             for w, x in zip(row, x_norm.tolist(), strict=True):
@@ -31,7 +32,19 @@ def loop_profile(layers) -> Profile:
     skewness = math.fsum((w - mean) ** 3 for w in weights) / len(weights) / sigma**3
     logs = [math.log(score) for score in scores if score > 0]
     log_mean = math.fsum(logs) / len(logs)
-    return Profile(len(weights), skewness, share, score_mean, math.fsum((v - log_mean) ** 2 for v in logs) / len(logs))
+    return Profile(
+        len(weights),
+        skewness,
+        share,
+        score_mean,
+        math.fsum((v - log_mean) ** 2 for v in logs) / len(logs),
+        kurtosis=math.fsum((w - mean) ** 4 for w in weights) / len(weights) / sigma**4,
+        score_std=float(np.std(scores)),
+        weight_mean=mean,
+        weight_std=sigma,
+        input_mean=float(np.mean(norms)),
+        input_std=float(np.std(norms)),
+    )
 
 
 @pytest.mark.parametrize("chunk", [17, 1 << 18])
@@ -53,6 +66,8 @@ def test_profile_equals_plain_loops(dtype, chunk, monkeypatch):
         assert found.outlier_share == expected.outlier_share
         assert found.score_mean == pytest.approx(expected.score_mean, rel=1e-12)
         assert found.log_score_variance == pytest.approx(expected.log_score_variance, rel=1e-11)
+        for name in ("kurtosis", "score_std", "weight_mean", "weight_std", "input_mean", "input_std"):
+            assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-9), name
     assert profile.outlier_share > 0 and len(profile.layers) == 3
     exponents = [tail_exponent(weight) for weight, _ in layers]
     assert [part.tail_exponent for part in profile.layers] == exponents
@@ -63,7 +78,8 @@ def test_profile_equals_plain_loops(dtype, chunk, monkeypatch):
 
 def test_what_was_not_asked_for_is_absent():
     profile = block_profile([(torch.randn(4, 5), torch.ones(5))])
-    assert profile.log_score_variance is None and profile.layers[0].tail_exponent is None
+    for found in (profile, *profile.layers):
+        assert (found.log_score_variance, found.tail_exponent, found.kurtosis, found.score_std) == (None,) * 4
 
 
 def test_skewness_equals_scipy_far_from_zero():

@@ -285,6 +285,13 @@ def test_check_says_what_a_source_is_and_costs(capsys, tmp_path, monkeypatch):
     assert re.fullmatch(r"masks by row: [0-9a-f]{16}\nmasks by matrix: [0-9a-f]{16}", "\n".join(lines[5:]))
     monkeypatch.setattr(sys, "stdin", io.StringIO(file.read_text()))
     assert main(["check", "-"]) == 0 and capsys.readouterr().out.splitlines() == lines
+    file.write_text("def allocate(profile, sparsity):\n    return 1 + profile.skewness\n")
+    assert main(["check", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "def allocate(profile, sparsity):", "    return profile.skewness + 1.0", "reads: skewness, sparsity"
+    ]  # fmt: skip
+    assert re.fullmatch(r"retentions: [0-9a-f]{16}", lines[3]) and len(lines) == 4
     for source, reason in (
         ("def score(W):\n    return W.nump()", "line 2, column 12: 'nump' is not in the language"),
         ("def score(W):\n    return W.sum(dim=1)", "expected float32"),
@@ -293,3 +300,28 @@ def test_check_says_what_a_source_is_and_costs(capsys, tmp_path, monkeypatch):
         file.write_text(source)
         assert reason in refused(capsys, "check", file)
     assert "sparsity is 2" in refused(capsys, "check", file, "--sparsity", "2")
+
+
+def test_an_algorithm_of_one_s_own(capsys, tmp_path, tiny_model, text):
+    """Score and allocation from one file, or the allocation from another."""
+    file, other = tmp_path / "own.py", tmp_path / "other.py"
+    allocation = "def allocate(profile, sparsity):\n    return {}\n"
+    file.write_text("def score(W):\n    return W.abs()\n" + allocation.format("4 - profile.depth"))
+    other.write_text(allocation.format("1 + profile.depth"))
+    common = ["prune", "--model", str(tiny_model), "--calibration", str(text), "--context", "32", "--sparsity", "0.5"]
+
+    def planned(name, *options):
+        assert main([*common, "--score", str(file), *options, "--out", str(tmp_path / name)]) == 0
+        return [
+            block[0] for block in json.loads((tmp_path / name / "autoprune.json").read_text())["sparsity"]["planned"]
+        ]
+
+    first = planned("a")
+    assert first == sorted(first) and first[0] < first[-1]
+    second = planned("c", "--allocation", f"{other}@layer")
+    assert second == sorted(second, reverse=True) and second[0] > second[-1]
+    assert planned("d", "--allocation", "uniform") == [0.5] * len(first)
+    capsys.readouterr()
+    assert "holds no `def score(W, …):`" in refused(capsys, *common, "--score", other, "--out", tmp_path / "e")
+    bad = ["--score", "wanda", "--allocation", f"{file}:tau=1", "--out", tmp_path / "e"]
+    assert "write them into" in refused(capsys, *common, *bad)
