@@ -100,6 +100,6 @@ def dry_run(program: Program) -> Cost:
 def where(source: str, error: Exception) -> str:
     """The first line of the message, and the line of a program's text that raised it."""
     message = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename in ("<score>", "<allocate>")]
+    frames = traceback.walk_tb(error.__traceback__)  # not extract_tb, which reads the files of all frames
+    lines = [line for frame, line in frames if frame.f_code.co_filename in ("<score>", "<allocate>")]
     return f"in `{source.splitlines()[lines[-1] - 1].strip()[:160]}`: {message}" if lines else message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -133,7 +134,8 @@ def _only(source: str, name: str) -> Function:
 
 def _compiled(function: Function, name: str) -> Callable[..., Tensor]:
     namespace: dict = {"__builtins__": {}, "range": range, "torch": FUNCTIONS}
-    exec(compile(_Settled().visit(ast.parse(function.text)), f"<{name}>", "exec"), namespace)
+    with warnings.catch_warnings(action="ignore"):  # of the compiler, about numbers that are called or indexed
+        exec(compile(_Settled().visit(ast.parse(function.text)), f"<{name}>", "exec"), namespace)
     return namespace[name]
 
 

@@ -52,7 +52,7 @@ def _shape(tensor: torch.Tensor) -> str:
     return text + {torch.bool: " (true or false)", torch.int64: " (whole numbers)"}.get(tensor.dtype, "")
 
 
-def _calls(operation: Operation) -> Iterator[tuple[str, str]]:
+def calls(operation: Operation) -> Iterator[tuple[str, str]]:
     """Ways to write an operation, each with what it makes of a matrix: run on tensors without data."""
     W, x = torch.empty(5, 7, device="meta"), torch.empty(7, device="meta")
     space = {"torch": torch, "W": W, "x": x}
@@ -90,7 +90,7 @@ def page() -> str:
     operations = [
         ("<br>".join(f"`{text}`" for text, _ in calls), "<br>".join(shape for _, shape in calls), operation.doc)
         for operation in OPERATIONS
-        for calls in [list(_calls(operation))]
+        for calls in [list(calls(operation))]
     ]
     lines = [
         HEAD,

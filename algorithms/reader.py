@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import warnings
 from dataclasses import dataclass
 
 from autoprune.algorithms.translator import LanguageError, Translator, nearest, refuse
@@ -79,7 +80,8 @@ def _tree(source: str) -> list[ast.FunctionDef]:
     if len(source) > MAX_SOURCE:
         raise LanguageError(f"the source has {len(source)} characters, at most {MAX_SOURCE} are read")
     try:
-        module = ast.parse(source, NOWHERE)
+        with warnings.catch_warnings(action="ignore"):  # `1if` and the like would be printed for the driver to read
+            module = ast.parse(source, NOWHERE)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f"line {error.lineno}, column {error.offset}: " if getattr(error, "lineno", None) else ""
         raise LanguageError(f"{where}not Python: {getattr(error, 'msg', None) or 'nested too deeply'}") from None

@@ -115,6 +115,7 @@ STRINGS = {
     "complex": (returns("W * 1j"), LITERAL),
     "surrogates": (returns("W * '\ud800'"), NOT_PYTHON),
     "escape in a name": (returns("W.\\u0064ata"), NOT_PYTHON),
+    "a warning of the compiler": (returns("1if W else 0"), NO_EXPRESSION),
     "null byte": (returns("W\0"), NOT_PYTHON),
     "coding cookie": ("# -*- coding: utf-7 -*-\n" + returns("+AFcALgBkAGEAdABh-"), NOT_PYTHON),
 }

@@ -1,42 +1,18 @@
 """Hostile sources are refused, each for its own reason, at once, and without touching the machine."""
 
 import os
-import sys
-import threading
 import time
 
 import pytest
 import torch
 from hostile import HOSTILE, returns
+from watching import Watch
 
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.language import LanguageError
 from autoprune.algorithms.probe import probe
-from autoprune.algorithms.reader import NOWHERE
 
 SECONDS = 0.05
-# What Python itself announces while it compiles an accepted text and looks at frames.
-HARMLESS = ("compile", "exec", "sys._getframe", "object.__getattr__", "gc.", "cpython.")
-
-
-class Watch:
-    """Everything that Python's audit hooks announce while `on`, but for what is harmless. A hook stays for good."""
-
-    def __init__(self):
-        self.on, self.seen, self.thread = False, [], threading.get_ident()
-        sys.addaudithook(self.hook)
-
-    def hook(self, event, arguments):
-        ours = self.on and threading.get_ident() == self.thread and not event.startswith(HARMLESS)
-        if ours and not (event == "open" and str(arguments[0]).startswith(NOWHERE)):
-            self.seen.append((event, arguments))
-
-    def __enter__(self):
-        self.seen, self.on = [], True
-        return self.seen
-
-    def __exit__(self, *_):
-        self.on = False
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +30,7 @@ def test_there_are_enough_of_them():
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_is_refused_for_its_own_reason(name, watch):
+def test_is_refused_for_its_own_reason(name, watch, capfd):
     source, reason = HOSTILE[name]
     environment, random = dict(os.environ), torch.get_rng_state()
     fastest = 1.0
@@ -67,7 +43,7 @@ def test_is_refused_for_its_own_reason(name, watch):
         if fastest < SECONDS:
             break
     assert fastest < SECONDS
-    assert reason in str(refusal.value)
+    assert reason in str(refusal.value) and capfd.readouterr() == ("", "")
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
     assert dict(os.environ) == environment and torch.equal(torch.get_rng_state(), random)
 
