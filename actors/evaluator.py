@@ -12,6 +12,7 @@ from autoprune.algorithms.language import LanguageError
 from autoprune.algorithms.probe import probe
 from autoprune.algorithms.profiles import BlockProfile
 from autoprune.models.loading import resolve_model
+from autoprune.models.masking import planned_sparsities
 from autoprune.models.shard import ModelShard, ShardReport
 
 
@@ -33,6 +34,10 @@ class EvaluatorShard:
     def profiles(self) -> list[BlockProfile]:
         return self.shard.profiles
 
+    def plan(self, algorithm: Algorithm, profiles: list[BlockProfile], sparsity: float) -> Sparsities:
+        """The sparsities of all blocks of the model, whose profiles these are."""
+        return planned_sparsities(algorithm, profiles, sparsity)
+
     def forward(
         self,
         split: str,
@@ -41,7 +46,7 @@ class EvaluatorShard:
         algorithm: Algorithm | None,
         sparsities: Sparsities | None,
     ) -> tuple[torch.Tensor, ShardReport]:
-        return self.shard.forward(split, states, tokens, algorithm, sparsities)
+        return self.shard.forward(split, states, tokens, algorithm, sparsities and self._own(sparsities))
 
     def probe(self, algorithm: Algorithm, sparsity: float) -> Probe:
         try:
@@ -51,4 +56,9 @@ class EvaluatorShard:
         return Probe(None, result.mask, result.mask_hash)
 
     def export(self, file: Path, algorithm: Algorithm, sparsities: Sparsities) -> dict[str, dict]:
-        return self.shard.export([file], algorithm, sparsities)
+        return self.shard.export([file], algorithm, self._own(sparsities))
+
+    def _own(self, sparsities: Sparsities) -> Sparsities:
+        """This shard's part of those of all blocks."""
+        start = self.shard.model.start
+        return sparsities[start : start + self.shard.model.count]

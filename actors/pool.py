@@ -130,16 +130,16 @@ class EvaluatorPool:
             for actor in reversed(replica.actors):
                 upstream = actor.backward.remote(upstream)
         profiles = [actor.profiles.remote() for actor in replica.actors]
-        dense = {s: self._send(replica, s, None, None) for s in self.plan.splits if s != "calibration"}
+        dense = {s: self._send(replica, s, None) for s in self.plan.splits if s != "calibration"}
         return profiles, dense
 
-    def _send(self, replica: _Replica, split: str, algorithm: Algorithm | None, sparsities: Sparsities | None) -> list:
+    def _send(self, replica: _Replica, split: str, algorithm: Algorithm | None) -> list:
         """A chain of calls through a replica's shards; hidden states go from actor to actor, reports come here."""
+        planned = self._planned(replica, algorithm) if algorithm else None
         states, reports = self._tokens[split], []
-        for actor, (start, stop) in zip(replica.actors, self._bounds, strict=True):
-            own = sparsities[start:stop] if sparsities is not None else None
+        for actor, (_, stop) in zip(replica.actors, self._bounds, strict=True):
             tokens = self._tokens[split] if stop == self.plan.blocks else self._empty
-            states, report = actor.forward.options(num_returns=2).remote(split, states, tokens, algorithm, own)
+            states, report = actor.forward.options(num_returns=2).remote(split, states, tokens, algorithm, planned)
             reports.append(report)
         return reports
 
@@ -161,6 +161,14 @@ class EvaluatorPool:
 
     def sparsities(self, algorithm: Algorithm) -> Sparsities:
         """From the algorithm's allocation and the dense model's summaries."""
+        planned = self._planned(self._replicas[0], algorithm)
+        return ray.get(planned) if isinstance(planned, ray.ObjectRef) else planned
+
+    def _planned(self, replica: _Replica, algorithm: Algorithm) -> Sparsities | ray.ObjectRef:
+        """Of all blocks. An allocation that is a candidate's own program runs in an evaluator, as its score does, and
+        fails there as its score would."""
+        if algorithm.allocation.source:
+            return replica.actors[0].plan.remote(algorithm, self._profiles, self.plan.sparsity)
         return planned_sparsities(algorithm, self._profiles, self.plan.sparsity)
 
     def probe(self, algorithms: Sequence[Algorithm]) -> list[Probe]:
@@ -214,7 +222,7 @@ class EvaluatorPool:
                 if not replica.in_flight:
                     replica.progressed = time.monotonic()
                 job = queue.popleft()
-                reports = self._send(replica, split, jobs[job], self.sparsities(jobs[job]))
+                reports = self._send(replica, split, jobs[job])
                 replica.in_flight.append(_Flight(job, reports))
 
     def _recover(
@@ -264,8 +272,8 @@ class EvaluatorPool:
         def write(paths: list[Path]) -> list[dict[str, dict]]:
             return ray.get(
                 [
-                    actor.export.remote(path, algorithm, sparsities[start:stop])
-                    for actor, path, (start, stop) in zip(self._replicas[0].actors, paths, self._bounds, strict=True)
+                    actor.export.remote(path, algorithm, sparsities)
+                    for actor, path in zip(self._replicas[0].actors, paths, strict=True)
                 ]
             )
 

@@ -9,6 +9,7 @@ import torch
 from autoprune.actors.placement import ActorResources
 from autoprune.actors.pool import EvaluatorPool, PoolPlan, shard_bounds
 from autoprune.algorithms.algorithm import Algorithm, Allocation
+from autoprune.algorithms.written import WRITTEN_ALLOCATIONS
 from autoprune.models.shard import ModelShard
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -101,6 +102,18 @@ def test_an_algorithm_that_raises_fails_alone(pool):
     assert results[1].nll is None
     assert results[0].error is None and results[2].error is None
     assert pool.restarts == before
+
+
+def test_an_allocation_of_a_candidate_s_own_runs_in_an_evaluator(pool, monkeypatch):
+    """It does what the rule of the same content does; one that fails on the real model fails alone."""
+    own = replace(WANDA, allocation=Allocation("written", source=WRITTEN_ALLOCATIONS["sdsa"]))
+    body = "return 1 / (profile.numel - profile.numel)"
+    bad = replace(WANDA, allocation=Allocation("written", source=f"def allocate(profile, sparsity):\n    {body}\n"))
+    before = pool.restarts
+    monkeypatch.setattr("autoprune.algorithms.allocation.parse_allocation", lambda _: pytest.fail("ran in the driver"))
+    results = dict(pool.evaluate([own, bad, JOBS[1]]))
+    assert results[0].nll == results[2].nll and results[0].block_sparsities == results[2].block_sparsities
+    assert "allocate must return retentions" in results[1].error and pool.restarts == before
 
 
 def test_a_dead_actor_is_replaced_and_nothing_is_lost(pool):
