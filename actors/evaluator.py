@@ -11,6 +11,7 @@ from autoprune.algorithms.algorithm import Algorithm, Sparsities
 from autoprune.algorithms.language import LanguageError
 from autoprune.algorithms.probe import probe
 from autoprune.algorithms.profiles import BlockProfile
+from autoprune.kernels.masks import row_mask
 from autoprune.models.loading import resolve_model
 from autoprune.models.masking import planned_sparsities
 from autoprune.models.shard import ModelShard, ShardReport
@@ -24,6 +25,8 @@ class EvaluatorShard:
         # Fixed, so that their number never changes a sum.
         torch.set_num_threads(threads)
         self.shard = ModelShard(resolve_model(model), start, stop, dtype, device)
+        # Selection is compiled, or read from disk, at its first call: here, not within the deadline of a candidate.
+        row_mask(torch.rand(2, 4, device=device), 2)
 
     def calibrate(self, states: torch.Tensor, statistics: frozenset[str], features: frozenset[str]) -> torch.Tensor:
         return self.shard.calibrate(states, statistics, features)

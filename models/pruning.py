@@ -126,7 +126,7 @@ def check_fit(group: Group, layers: Sequence[Layer]) -> None:
         down, across = (1, group.second) if group.kind == "n:m" else (group.first or 1, group.second or 1)
         if rows % down or columns % across:
             raise InputError(
-                f"{layer.name} [{rows}, {columns}] cannot be cut into "
+                f"{layer.name}: [{rows}, {columns}] cannot be cut into "
                 + (f"groups of {across} along a row" if group.kind == "n:m" else f"rectangles of {down}x{across}")
                 + ": choose another --group"
             )

@@ -133,7 +133,7 @@ def test_prune_refuses_bad_input_and_leaves_nothing(capsys, tmp_path, tiny_model
     assert "wanda" in refused(capsys, *base, "--sparsity", 0.6, "--score", "wandda")
     hostile = tmp_path / "hostile.py"
     hostile.write_text("import os\ndef score(W):\n    os.system('touch /tmp/x')\n    return W\n")
-    assert "exactly one function" in refused(capsys, *base, "--sparsity", 0.6, "--score", hostile)
+    assert "one of them or each once" in refused(capsys, *base, "--sparsity", 0.6, "--score", hostile)
     flat = tmp_path / "flat.py"
     flat.write_text("def score(W):\n    return W.abs() * 0\n")
     assert "cannot be used" in refused(capsys, *base, "--sparsity", 0.6, "--score", flat)
