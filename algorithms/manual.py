@@ -88,9 +88,9 @@ def page() -> str:
         for usual in [name in DEFAULT_STATISTICS]
     ]
     operations = [
-        ("<br>".join(f"`{text}`" for text, _ in calls), "<br>".join(shape for _, shape in calls), operation.doc)
+        ("<br>".join(f"`{text}`" for text, _ in ways), "<br>".join(shape for _, shape in ways), operation.doc)
         for operation in OPERATIONS
-        for calls in [list(calls(operation))]
+        for ways in [list(calls(operation))]
     ]
     lines = [
         HEAD,
