@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import traceback
 import weakref
@@ -22,6 +23,7 @@ SHAPES = ((512, 768), (768, 512), (640, 640))
 # and keep a candidate's time below that of the model's own forward pass.
 MAX_OPERATIONS = 128
 MAX_MATRICES = 16
+MAX_STEPS = 400  # operations that are run, whatever their size: each takes time of its own
 # Element operations per element that a sort stands for: about log2 of a row's length.
 SORT = 12
 SORTS = frozenset({"argsort", "median", "quantile"})
@@ -83,6 +85,8 @@ def dry_run(program: Program) -> Cost:
     Raises LanguageError where an operation fails, a value outgrows W, a bound is passed, or the result is not float32
     of W's shape.
     """
+    if _steps(ast.parse(program.source)) > MAX_STEPS:
+        raise LanguageError(f"more than {MAX_STEPS} operations are run; write fewer or shorter loops")
     costs = []
     for rows, columns in SHAPES:
         W = torch.empty(rows, columns, device="meta")
@@ -95,6 +99,12 @@ def dry_run(program: Program) -> Cost:
             raise LanguageError(where(program.source, error)) from None
         costs.append(meter.cost)
     return Cost(max(cost.operations for cost in costs), max(cost.matrices for cost in costs))
+
+
+def _steps(node: ast.AST) -> int:
+    """How many operations a program's syntax tree runs."""
+    steps = sum(map(_steps, ast.iter_child_nodes(node))) + isinstance(node, (ast.BinOp, ast.Compare, ast.Call))
+    return steps * node.iter.args[0].value if isinstance(node, ast.For) else steps
 
 
 def where(source: str, error: Exception) -> str:

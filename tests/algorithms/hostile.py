@@ -284,7 +284,7 @@ TIME = {
     ),
     "a loop of many operations": (
         body("a = W.abs()", "for _ in range(8):", *["    a = (a + a * a).sqrt()"] * 30, "return a"),
-        "operations per weight",
+        "operations are run",
     ),
     "values held": (
         body(*[f"a{i} = W * {i}" for i in range(40)], "return " + " + ".join(f"a{i}" for i in range(30))),
