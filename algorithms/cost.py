@@ -6,6 +6,8 @@ import ast
 import math
 import traceback
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -91,12 +93,8 @@ def dry_run(program: Program) -> Cost:
     for rows, columns in SHAPES:
         W = torch.empty(rows, columns, device="meta")
         statistics = {name: torch.empty(STATISTICS[name].shape(rows, columns), device="meta") for name in program.reads}
-        meter = Meter("W", rows, columns)
-        try:
-            with meter:
-                program(W, statistics)
-        except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
-            raise LanguageError(where(program.source, error)) from None
+        with metered(program.source, "W", rows, columns) as meter:
+            program(W, statistics)
         costs.append(meter.cost)
     return Cost(max(cost.operations for cost in costs), max(cost.matrices for cost in costs))
 
@@ -107,7 +105,17 @@ def _steps(node: ast.AST) -> int:
     return steps * node.iter.args[0].value if isinstance(node, ast.For) else steps
 
 
-def where(source: str, error: Exception) -> str:
+@contextmanager
+def metered(source: str, what: str, *shape: int) -> Iterator[Meter]:
+    """While open, a program of this text runs under a meter; that an operation fails is a LanguageError."""
+    try:
+        with Meter(what, *shape) as meter:
+            yield meter
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
+        raise LanguageError(_where(source, error)) from None
+
+
+def _where(source: str, error: Exception) -> str:
     """The first line of the message, and the line of a program's text that raised it."""
     message = (str(error).splitlines() or [type(error).__name__])[0][:200]
     frames = traceback.walk_tb(error.__traceback__)  # not extract_tb, which reads the files of all frames

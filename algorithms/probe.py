@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from autoprune.algorithms.algorithm import Algorithm, Group
-from autoprune.algorithms.cost import Meter, dry_run, where
+from autoprune.algorithms.cost import dry_run, metered
 from autoprune.algorithms.language import LanguageError, parse, parse_allocation
 from autoprune.algorithms.vocabulary import STATISTICS, SUMMARIES
 from autoprune.kernels.masks import matrix_mask, nm_mask, pack, row_mask, tile_mask
@@ -165,11 +165,8 @@ def probe_allocation(source: str) -> str:
     shares = []
     for model, sparsity in itertools.product(_models(), (0.5, 0.7)):
         profile = {name: value.clone() for name, value in model.items()}
-        try:
-            with Meter("the number of units", len(profile["depth"])):
-                wishes = program(profile, sparsity)
-        except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
-            raise LanguageError(where(program.source, error)) from None
+        with metered(program.source, "the number of units", len(profile["depth"])):
+            wishes = program(profile, sparsity)
         unchanged = all(torch.equal(profile[name], model[name]) for name in model)
         if not unchanged or not torch.equal(program(profile, sparsity), wishes):
             raise LanguageError("two runs of allocate on the same input differ, or the input was written to")

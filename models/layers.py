@@ -156,17 +156,13 @@ def _refuse_unknown(block: nn.Module, layers: list[Layer], counts: set[int]) -> 
         for name, parameter in block.named_parameters()
         if parameter.ndim > 1 and id(parameter) not in known and "bias" not in name and len(parameter) not in counts
     }
-    numel, total = (sum(map(math.prod, shapes)) for shapes in (unknown.values(), _shapes(block)))
+    numel, total = sum(map(math.prod, unknown.values())), sum(tensor.numel() for tensor in block.parameters())
     if numel > MOST_UNKNOWN * total:
         name, shape = next(iter(unknown.items()))
         raise InputError(
             f"a block has weights that cannot be read as linear layers, such as {name} {shape} ({numel / total:.0%} of "
             "the block in all): expected linear modules, or experts kept together as [experts, …, …]"
         )
-
-
-def _shapes(block: nn.Module) -> list[list[int]]:
-    return [list(parameter.shape) for parameter in block.parameters()]
 
 
 def has_linears(module: nn.Module) -> bool:

@@ -109,7 +109,7 @@ class Chooser:
         self.algorithm = algorithm
         self.group = Group.parse(algorithm.group)
         self.program = None if algorithm.score in NATIVE else parse(algorithm.score)
-        self.hessian = bool(needs(algorithm) & GRAM_READERS)
+        self.reads = needs(algorithm)
 
     def block(
         self,
@@ -153,7 +153,7 @@ class Chooser:
         if update == "cg":
             updated = conjugate_gradients(weight.cpu(), mask.cpu(), moments.gram, start=updated)
         choice.masks[name] = mask.to(weight.device)
-        if self.hessian and moments.damping > DAMPING:
+        if self.reads & GRAM_READERS and moments.damping > DAMPING:
             choice.dampings[name] = moments.damping
         if update != "none":
             choice.updated[name] = updated.to(weight.device)  # Gram matrices live, and are used, on the CPU

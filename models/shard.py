@@ -16,7 +16,7 @@ from autoprune.algorithms.statistics import GRAM_READERS, InputMoments, NotFinit
 from autoprune.models.blocks import DecoderRange
 from autoprune.models.calibration import input_moments, squared_gradients
 from autoprune.models.layers import Layer, replaced
-from autoprune.models.masking import BlockChoice, Chooser, needs
+from autoprune.models.masking import BlockChoice, Chooser
 from autoprune.models.parts import PartWriter
 from autoprune.models.perplexity import Reference, score_windows
 from autoprune.models.shelf import Shelf
@@ -191,7 +191,7 @@ class ModelShard:
         Gram matrices, which are not kept. Without it the statistics of `calibrate` serve.
         visit: called for every block and lane, while the block is open and pruned.
         """
-        static = [needs(lane.chooser.algorithm) for lane in lanes if lane.chooser and lane.calibration is None]
+        static = [lane.chooser.reads for lane in lanes if lane.chooser and lane.calibration is None]
         for index in range(self.model.count):
             with self.model.open(index) as layers:
                 shared = self.moments[index] if self.moments else {}
@@ -206,8 +206,8 @@ class ModelShard:
         choice, weights = None, {}
         if lane.chooser is not None:
             if lane.calibration is not None:
-                moments, _ = self.collect(index, layers, lane.calibration, needs(lane.chooser.algorithm))
-            reads = needs(lane.chooser.algorithm)
+                moments, _ = self.collect(index, layers, lane.calibration, lane.chooser.reads)
+            reads = lane.chooser.reads
             gradients = self.gradients.get(index) if "g_rms" in reads else {}
             if reads & GRAM_READERS:  # lanes share the factor: its time is none's own
                 for own in moments.values():
