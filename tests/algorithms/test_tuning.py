@@ -149,6 +149,14 @@ def test_sdsa_can_imitate_a_schedule_that_knows_only_depth():
     assert all(a.parameters["tau"] == DEFAULTS["sdsa"]["tau"] for a, _ in tuning.trace if a.parameters["m"] == 0)
 
 
+@pytest.mark.parametrize("depth", [0.2, 0.41, 0.46, 0.63, 1.2])
+def test_where_only_depth_helps_it_is_found_as_on_a_line(depth):
+    """Skewness does harm here: with m = 0 ATP's schedules are left, and ATP's own tuning is to find nothing better."""
+    tuning = tune("sdsa", Recorder(lambda tau, m, depth_=depth, **p: 1 + 3 * m + (p["depth"] - depth_) ** 2))
+    assert tuning.allocation.parameters["m"] == 0
+    assert abs(tuning.allocation.parameters["depth"] - depth) < 0.011
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_depends_on_nothing_but_the_measurements(name):
     function = bowl(name)[0]
