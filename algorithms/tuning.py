@@ -71,8 +71,9 @@ def tune(
     Exactly `evaluations` allocations are asked for, all different and all parameters written out, the first of them
     the rule's default. A rule of one parameter has a first round over its whole range (LINES), about half of all, and
     LINE_ROUNDS more between the neighbours of the best so far. `sdsa` has SDSA_DESIGN, and PATTERN_ROUNDS more: in each
-    the least points of parabolas (see `_vertex`), then steps from the best so far (see DIRECTIONS), half as long in each
-    round. Where m = 0, tau does nothing and is its default. The same measurements lead to the same questions; of equals the first asked is the best.
+    the least points of parabolas (see `_vertex`), then steps from the best so far (see DIRECTIONS), half as long in
+    each round. Where m = 0, tau does nothing and is its default. The same measurements lead to the same questions; of
+    equals the first asked is the best.
     Raises AllocationError for an unknown rule, one without parameters, evaluations outside 1..MOST_EVALUATIONS, and
     `atp` without blocks; ValueError where `measure` does not return one number per allocation.
     """
