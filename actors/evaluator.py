@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -16,6 +18,15 @@ from autoprune.models.loading import resolve_model
 from autoprune.models.masking import planned_sparsities
 from autoprune.models.shard import ModelShard, ShardReport
 
+# Of the environment, all that an evaluator keeps once its model is loaded: what libraries are steered by. Everything
+# else may be a credential of whoever started the search, and candidates run in this process.
+KEPT = re.compile(
+    r"PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|TERM|PYTHON\w*|VIRTUAL_ENV|LD_LIBRARY_PATH|XDG_CACHE_HOME|AUTOPRUNE_CACHE|"
+    r"HF_HOME|HF_HUB_OFFLINE|(OMP|MKL|NUMBA|KMP|OPENBLAS|TORCH|TORCHINDUCTOR|TRITON|CUDA|NVIDIA|NCCL|ROCR|HIP)_\w+|"
+    r"THP_MEM_ALLOC_ENABLE|RAY_\w+"
+)
+SECRET = re.compile(r"TOKEN|SECRET|PASS|KEY|CREDENTIAL|AUTH", re.IGNORECASE)
+
 
 class EvaluatorShard:
     """Loads its own blocks from disk; only source text, small numbers and hidden states cross the wire."""
@@ -27,6 +38,12 @@ class EvaluatorShard:
         self.shard = ModelShard(resolve_model(model), start, stop, dtype, device)
         # Selection is compiled, or read from disk, at its first call: here, not within the deadline of a candidate.
         row_mask(torch.rand(2, 4, device=device), 2)
+
+    def seclude(self) -> None:
+        """Forget the environment but for KEPT: called once the model is there, before any candidate."""
+        for name in list(os.environ):
+            if not KEPT.fullmatch(name) or SECRET.search(name):
+                del os.environ[name]
 
     def calibrate(self, states: torch.Tensor, statistics: frozenset[str], features: frozenset[str]) -> torch.Tensor:
         return self.shard.calibrate(states, statistics, features)

@@ -108,7 +108,7 @@ class VllmGenerator:
 
 
 class OpenAIGenerator:
-    """Speaks to an OpenAI-compatible server; sends the grammar, and does without where the server refuses it."""
+    """Speaks to an OpenAI-compatible server; sends the grammar, or the request's brief where the server refuses it."""
 
     def __init__(
         self, base_url: str, model: str, api_key_variable: str = "OPENAI_API_KEY", timeout: float = 600
@@ -157,9 +157,12 @@ class OpenAIGenerator:
 
     def _ask(self, request: Request, with_grammar: bool):
         structured = {"structured_outputs": {"grammar": request.grammar}} if request.grammar and with_grammar else None
+        messages = [{"role": role, "content": text} for role, text in request.messages]
+        if not with_grammar:
+            messages[0]["content"] += f"\n\n{request.brief}"
         return self._client.chat.completions.create(
             model=self.model,
-            messages=[{"role": role, "content": text} for role, text in request.messages],
+            messages=messages,
             n=request.n,
             temperature=request.temperature,
             max_tokens=request.max_tokens,

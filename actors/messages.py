@@ -10,6 +10,7 @@ class Request:
     """One prompt of which `n` independent completions are wanted.
 
     messages: (role, text) pairs, as chat templates take them. grammar: GBNF text that constrains decoding, or None.
+    brief: what the grammar would enforce, in words, for a server that takes no grammar.
     offset: how many answers the search asked for before, so that a script goes on where a stopped search was.
     """
 
@@ -19,6 +20,7 @@ class Request:
     max_tokens: int
     grammar: str | None = None
     offset: int = 0
+    brief: str = ""
 
 
 @dataclass(frozen=True)

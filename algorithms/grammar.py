@@ -1,6 +1,7 @@
 """The grammar that holds a language model's answer: GBNF, staged (a name is usable once it is defined) and typed.
 
-A local's letter is its type (`m0`, `r0`, `c0`: see `algorithms.operations`); scalars are written where they are used.
+A local's letter is its type (`m0`, `r0`, `c0`; in an allocation `u0`: see `algorithms.operations`); scalars are written
+where they are used.
 A state counts the locals of each type that stand above the current line; every state has its own rules, so an
 undefined name or a wrong shape cannot be written. A line is one operation whose operands are names, or one small
 operation on names: lines stay short, and what is larger goes through a local.
@@ -18,16 +19,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoprune.algorithms.operations import OPERATIONS, TYPES
-from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
+from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, SIGNED_SUMMARIES, STATISTICS, SUMMARIES
 
 TAUS = (0.25, 0.5, 0.75, 1, 1.5, 2)
 SLACKS = tuple(i / 10 for i in range(1, 10))
 DEPTHS = tuple(i / 10 for i in range(9))
 FACTORS = (0.1, 0.25, 0.5, 0.75, 2, 3)
 EXPONENTS = (0.25, 0.5, 0.75, 1.5, 2)
+SHARES = (0.5, 0.9, 0.99)
+# Numbers that ask to be tuned, as (value, low, high).
+TUNED_FACTORS = ((0.5, 0.1, 2), (2, 1, 8))
+TUNED_EXPONENTS = ((0.5, 0.1, 2),)
 
-# Types that a local may have.
+# Types that a local of a score may have.
 LOCALS = "mrc"
+# What an allocation returns: above 0, whatever the operand is.
+RETENTIONS = (
+    "1 + {k} * {u}",
+    "1 / ({u} + {k})",
+    "({u} + 1e-6) ** {e}",
+    "(1 + {k} * {u}) ** ({k} * sparsity / (1 - sparsity))",
+)
 
 WEIGHTS = ("W.abs()", "W.square()")  # the matrices that can be read before any local exists, statistics apart
 
@@ -53,7 +65,7 @@ Item = str | Ref | Prose
 Alternatives = tuple[tuple[Item, ...], ...]
 Rules = dict[str, Alternatives]
 
-CONSTANTS: dict[str, Item] = {"k": Ref("k"), "e": Ref("e")}
+CONSTANTS: dict[str, Item] = {"k": Ref("k"), "e": Ref("e"), "q": Ref("q")}
 LATER = "later m"  # among operands: what stands for every matrix of a writing but the first, where that differs
 
 
@@ -99,11 +111,13 @@ FACTORED = {result: tuple(t for t in OTHERS[result] if re.fullmatch(r"\{\w\} \*\
 SCORES = tuple(text for text in OTHERS["m"] if set(_placeholders(text)[1:]) - {"s"})
 
 
-def _choice(values: tuple[float, ...]) -> Alternatives:
-    return tuple((f"{value:g}",) for value in values)
+def _choice(values: tuple[float, ...], tuned: tuple[tuple[float, float, float], ...] = ()) -> Alternatives:
+    marked = [f"tune({value:g}, {low:g}, {high:g})" for value, low, high in tuned]
+    return tuple((text,) for text in [*(f"{value:g}" for value in values), *marked])
 
 
-PARTS = ("group", "allocation", "score")  # of an algorithm
+# Of an algorithm. The allocation is either SDSA's parameters or, as "allocate", a function.
+PARTS = ("group", "allocation", "score")
 
 
 def _shared_rules(max_locals: int, parts: tuple[str, ...], statistics: tuple[str, ...]) -> Rules:
@@ -112,6 +126,8 @@ def _shared_rules(max_locals: int, parts: tuple[str, ...], statistics: tuple[str
         root += ("\nGroup: ", Ref("group"))
     if "allocation" in parts:
         root += ("\nAllocation: sdsa tau=", Ref("tau"), " m=", Ref("slack"), " depth=", Ref("depth"))
+    if "allocate" in parts:
+        root += ("\ndef allocate(profile, sparsity):", Ref("allocate0"))
     if "score" in parts:
         root += (f"\ndef score({', '.join(('W', *statistics))}):", Ref("body000m"))
     rules: Rules = {
@@ -121,8 +137,9 @@ def _shared_rules(max_locals: int, parts: tuple[str, ...], statistics: tuple[str
         "tau": _choice(TAUS),
         "slack": _choice(SLACKS),
         "depth": _choice(DEPTHS),
-        "k": _choice(FACTORS),
-        "e": _choice(EXPONENTS),
+        "k": _choice(FACTORS, TUNED_FACTORS),
+        "e": _choice(EXPONENTS, TUNED_EXPONENTS),
+        "q": _choice(SHARES),
     }
     for kind, count in itertools.product(LOCALS, range(max_locals + 1)):
         atoms = WEIGHTS if kind == "m" else _atoms(kind, statistics)
@@ -171,7 +188,7 @@ def _line_rule(
     calls = tuple(
         (prescribed.get(o, operands[o]), Ref(f"{o}-to-{result}"))
         for o in TYPES
-        if SUFFIXES[result, o] and prescribed.keys() <= {o}
+        if o in operands and SUFFIXES[result, o] and prescribed.keys() <= {o}
     )
     return calls + _combinations(texts, operands, prescribed)
 
@@ -219,11 +236,31 @@ def _state_rules(state: State, max_locals: int, statistics: tuple[str, ...]) -> 
     return rules
 
 
+def _allocate_rules(max_locals: int, summaries: tuple[str, ...]) -> Rules:
+    """The body of `allocate`: each line is built on the line before, so none is in vain."""
+    atoms = [f"profile.{name}.abs()" if name in SIGNED_SUMMARIES else f"profile.{name}" for name in summaries]
+    rules: Rules = {}
+    for count in range(max_locals + 1):
+        names: dict[str, Item] = {"u": Ref(f"name-u{count}")}
+        operands: dict[str, Item] = {"u": Ref(f"u{count}"), "s": Ref(f"s{count}")} | CONSTANTS
+        newest: dict[str, Item] = {"u": f"u{count - 1}"} if count else {}
+        rules[f"name-u{count}"] = tuple((name,) for name in [*atoms, *(f"u{i}" for i in range(count))])
+        rules[f"u{count}"] = _operand_rule("u", names)
+        rules[f"s{count}"] = (*_operand_rule("s", names), ("sparsity",))
+        rules[f"retention{count}"] = _combinations(RETENTIONS, operands, newest)
+        body: Alternatives = (("\n    return ", Ref(f"retention{count}")),)
+        if count < max_locals:
+            rules[f"line-u{count}"] = _line_rule("u", OTHERS["u"], operands, newest)
+            body += ((f"\n    u{count} = ", Ref(f"line-u{count}"), Ref(f"allocate{count + 1}")),)
+        rules[f"allocate{count}"] = body
+    return rules
+
+
 def answer_rules(
     max_locals: int = 3, parts: tuple[str, ...] = PARTS, statistics: tuple[str, ...] = DEFAULT_STATISTICS
 ) -> Rules:
     """The grammar as data: each rule's alternatives, each a sequence of literals, references and prose."""
-    rules = _shared_rules(max_locals, parts, statistics)
+    rules = _shared_rules(max_locals, parts, statistics) | _allocate_rules(max_locals, tuple(SUMMARIES))
     for state in itertools.product(range(max_locals + 1), repeat=len(LOCALS)):
         if sum(state) <= max_locals:
             rules |= _state_rules(state, max_locals, statistics)
@@ -248,10 +285,11 @@ def _gbnf(item: Item) -> str:
 def answer_grammar(
     max_locals: int = 3, parts: tuple[str, ...] = PARTS, statistics: tuple[str, ...] = DEFAULT_STATISTICS
 ) -> str:
-    """GBNF text of the whole answer, as `language.parse_answer` reads it; starts at `root`.
+    """GBNF text of the whole answer, as `answers.parse_answer` reads it; starts at `root`.
 
-    max_locals: how many lines may stand above the return, 0 to 9. parts: which of PARTS the answer holds; the others
-    stay as they are. statistics: names in STATISTICS that the score may read, in the order of its parameters.
+    max_locals: how many lines may stand above a return, 0 to 9. parts: which of PARTS the answer holds, or "allocate"
+    for a function in place of "allocation"; the others stay as they are. statistics: names in STATISTICS that the score
+    may read, in the order of its parameters.
     """
     if not 0 <= max_locals <= 9:
         raise ValueError(f"max_locals is {max_locals}, expected 0 to 9")

@@ -1,6 +1,6 @@
-"""docs/language.md, made from the tables that the reader and the grammar are made from.
+"""What people and models are told of the language, made from the tables that reader and grammar are made from.
 
-python -m autoprune.algorithms.manual > docs/language.md
+People: `python -m autoprune.algorithms.manual > docs/language.md`. Models that decode without a grammar: `brief`.
 """
 
 from __future__ import annotations
@@ -75,6 +75,20 @@ def calls(operation: Operation) -> Iterator[tuple[str, str]]:
     for text in texts:
         value = eval(text.replace(".median(", ".quantile(0.5, "), space)  # texts from above, never a candidate's
         yield text, _shape(value)
+
+
+def brief(allocates: bool) -> str:
+    """The language in a few lines, for a prompt. allocates: the answer may hold `allocate` beside `score`."""
+    signs = " ".join(operation.name for operation in OPERATIONS if operation.form == "operator")
+    ways = (next(calls(operation)) for operation in OPERATIONS if operation.form != "operator")
+    operations = ", ".join(f"{text} {shape}" for text, shape in ways)
+    units = " In `allocate` every value has one number per block, or is a number." if allocates else ""
+    return (
+        "A function's lines are `name = expression`; the last is its only `return`. Write plain text without code "
+        "fences, and nothing after the function. No imports, no `if`, no `while`, no other functions. With a matrix W "
+        f"[out, in] and a row x [in] there are the operators {signs}, the subscripts [:, None] and [None, :], and: "
+        f"{operations}.{units} The score has W's shape and is finite: guard divisions as in x / (y + 1e-6)."
+    )
 
 
 def _indented(name: str, source: str) -> str:

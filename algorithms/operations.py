@@ -1,7 +1,8 @@
 """The operations of the algorithm language: one table that the grammar writes from and the validator reads from.
 
-Every value has one of four types, by shape: matrix "m" [out, in], row "r" [in] (one number per input feature), column
-"c" [out, 1] (one per output row) and scalar "s" []. What the grammar writes is never negative: weights enter as
+Every value has one of five types, by shape: of a score, matrix "m" [out, in], row "r" [in] (one number per input
+feature), column "c" [out, 1] (one per output row) and scalar "s" []; of an allocation, "u" [units] (one per block or
+layer) and "s". What the grammar writes is never negative: weights enter as
 `W.abs()` or `W.square()`, and a difference stands inside `.abs()`. So roots, logarithms and powers are finite, and
 `x + 1e-6` is a safe denominator. Differences and extremes that could turn a whole comparison group into one number
 (`m - m`, the larger of a matrix and its row sums) are not written.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TYPES = ("m", "r", "c", "s")
+TYPES = ("m", "r", "c", "s", "u")
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Operation:
     name: an operator's sign, or the torch name. form: "operator"; "method": also accepted as `torch.name(x, …)`;
     "function": only as `torch.name(…)`. doc: what it gives, in a line. parameters: the arguments after the first
     tensor (of a function: all), in positional order; those in KEYWORDS may be given by name. writings: (type of the
-    result, text), where `{m}`, `{r}`, `{c}`, `{s}` stand for operands of that type, `{k}` for a factor and `{e}` for an
-    exponent. Without writings, it is accepted from other sources only.
+    result, text), where `{m}`, `{r}`, `{c}`, `{s}`, `{u}` stand for operands of that type, `{k}` for a factor, `{e}`
+    for an exponent and `{q}` for a share. Without writings, it is accepted from other sources only.
     """
 
     name: str
@@ -52,11 +53,13 @@ def _elementwise(name: str, doc: str, types: str = "") -> Operation:
 
 
 def _reduction(name: str, doc: str, results: str = "", parameters: tuple[str, ...] = ("dim", "keepdim")) -> Operation:
-    """Over the outputs (a row is left), over the inputs (a column is left), or over everything."""
+    """Over the outputs (a row is left), over the inputs (a column is left), or over everything; "u": over the units."""
     texts = {"r": f"{{m}}.{name}(dim=0)", "c": f"{{m}}.{name}(dim=1, keepdim=True)", "s": f"{{m}}.{name}()"}
-    writings = tuple((result, texts[result]) for result in results)
+    writings = tuple((result, texts[result]) for result in results if result in texts)
     if "s" in results:
         writings += (("s", f"{{r}}.{name}()"), ("s", f"{{c}}.{name}()"))
+    if "u" in results:
+        writings += (("s", f"{{u}}.{name}()"),)
     return Operation(name, "method", doc, parameters, writings)
 
 
@@ -64,24 +67,26 @@ OPERATIONS = (
     _operator(
         "+",
         "sum",
-        *_each("mrc", "{t} + {t}"),
-        *_each("mrc", "{t} + {k} * {t}"),
+        *_each("mrcu", "{t} + {t}"),
+        *_each("mrcu", "{t} + {k} * {t}"),
         ("m", "{m} + {r}"),
         ("m", "{m} + {c}"),
     ),
     _operator("-", "difference"),
-    _operator("*", "product", *_each("mrc", "{t} * {t}"), ("m", "{m} * {r}"), ("m", "{m} * {c}")),
+    _operator("*", "product", *_each("mrcu", "{t} * {t}"), ("m", "{m} * {r}"), ("m", "{m} * {c}")),
     _operator(
         "/",
         "quotient",
         ("m", "{m} / ({r} + 1e-6)"),
         ("m", "{m} / ({c} + 1e-6)"),
         ("m", "{m} / ({s} + 1e-6)"),
-        *_each("rc", "{t} / ({t} + 1e-6)"),
-        *_each("rc", "{t} / ({s} + 1e-6)"),
+        *_each("rcu", "{t} / ({t} + 1e-6)"),
+        *_each("rcu", "{t} / ({s} + 1e-6)"),
     ),
-    _operator("**", "power", *_each("mrc", "{t} ** {e}")),
-    _operator("@", "matrix product, with a row statistic mostly: [out, in] @ [in] → [out]"),
+    _operator("**", "power", *_each("mrcu", "{t} ** {e}")),
+    _operator(
+        "@", "matrix product, with a row statistic mostly: [out, in] @ [in] → [out]", ("c", "({m} @ {r})[:, None]")
+    ),
     _operator(">", "where left exceeds right"),
     _operator(">=", "where left is at least right"),
     _operator("<", "where left is below right"),
@@ -91,15 +96,15 @@ OPERATIONS = (
         "method",
         "absolute value",
         (),
-        (("m", "({m} - {r}).abs()"), ("m", "({m} - {c}).abs()"), *_each("rc", "({t} - {s}).abs()")),
+        (("m", "({m} - {r}).abs()"), ("m", "({m} - {c}).abs()"), *_each("rcu", "({t} - {s}).abs()")),
     ),
-    _elementwise("square", "square", "rc"),
-    _elementwise("sqrt", "square root", "mrc"),
-    _elementwise("log1p", "ln(1 + x)", "mrc"),
-    _elementwise("tanh", "hyperbolic tangent", "rc"),
-    _elementwise("sigmoid", "1 / (1 + exp(−x))", "rc"),
+    _elementwise("square", "square", "rcu"),
+    _elementwise("sqrt", "square root", "mrcu"),
+    _elementwise("log1p", "ln(1 + x)", "mrcu"),
+    _elementwise("tanh", "hyperbolic tangent", "rcu"),
+    _elementwise("sigmoid", "1 / (1 + exp(−x))", "rcu"),
     # The only decreasing function: between exp(-1) and 1, so it can neither overflow nor vanish.
-    Operation("exp", "method", "exponential", (), _each("rc", "(-{t}.tanh()).exp()")),
+    Operation("exp", "method", "exponential", (), _each("rcu", "(-{t}.tanh()).exp()")),
     _elementwise("log", "natural logarithm"),
     _elementwise("rsqrt", "1 / square root"),
     _elementwise("relu", "x where positive, else 0"),
@@ -107,28 +112,46 @@ OPERATIONS = (
     _elementwise("float", "comparisons and ranks as numbers"),
     Operation("pow", "method", "power", ("exponent",)),
     Operation("unsqueeze", "method", "one more dimension of length 1, as x[:, None] and x[None, :] make", ("dim",)),
-    _reduction("mean", "mean", "rcs"),
+    _reduction("mean", "mean", "rcsu"),
     _reduction("sum", "sum", "rc"),
-    _reduction("amax", "greatest", "rcs"),
+    _reduction("amax", "greatest", "rcsu"),
     _reduction("amin", "least"),
     _reduction("std", "standard deviation, n − 1 below", "rcs"),
     _reduction("var", "variance, n − 1 below"),
     _reduction("norm", "p-norm, Euclidean by default", "rc", ("p", "dim", "keepdim")),
     Operation(
-        "quantile", "method", "the value that a share q of the others lie below, interpolated", ("q", "dim", "keepdim")
+        "quantile",
+        "method",
+        "the value that a share q of the others lie below, interpolated",
+        ("q", "dim", "keepdim"),
+        (
+            ("r", "{m}.quantile({q}, dim=0)"),
+            ("c", "{m}.quantile({q}, dim=1, keepdim=True)"),
+            ("s", "{r}.quantile({q}, dim=0)"),
+            ("s", "{u}.quantile({q}, dim=0)"),
+        ),
     ),
-    Operation("median", "method", "quantile at 0.5", ("dim", "keepdim")),
-    Operation("softmax", "method", "exp(x) over its sum along dim", ("dim",)),
-    Operation("cumsum", "method", "running sum along dim", ("dim",)),
+    Operation(
+        "median",
+        "method",
+        "quantile at 0.5",
+        ("dim", "keepdim"),
+        (("r", "{m}.median(dim=0)"), ("c", "{m}.median(dim=1, keepdim=True)"), ("s", "{r}.median(dim=0)")),
+    ),
+    Operation("softmax", "method", "exp(x) over its sum along dim", ("dim",), _each("ru", "{t}.softmax(dim=0)")),
+    Operation("cumsum", "method", "running sum along dim", ("dim",), (("u", "{u}.cumsum(dim=0)"),)),
     Operation(
         "argsort",
         "method",
         "places of the values in ascending order, of equals the first first; twice gives ranks",
         ("dim", "stable"),
+        _each("ru", "{t}.argsort(dim=0).argsort(dim=0).float()"),
     ),
-    Operation("clamp", "method", "x held between min and max", ("min", "max"), _each("rc", "{t}.clamp(max={s})")),
-    Operation("maximum", "function", "the greater of two", ("input", "other"), _each("mrc", "torch.maximum({t}, {t})")),
-    Operation("minimum", "function", "the lesser of two", ("input", "other"), _each("mrc", "torch.minimum({t}, {t})")),
+    Operation("clamp", "method", "x held between min and max", ("min", "max"), _each("rcu", "{t}.clamp(max={s})")),
+    Operation(
+        "maximum", "function", "the greater of two", ("input", "other"), _each("mrcu", "torch.maximum({t}, {t})")
+    ),
+    Operation("minimum", "function", "the lesser of two", ("input", "other"), _each("mrcu", "torch.minimum({t}, {t})")),
     Operation(
         "where",
         "function",
@@ -137,7 +160,7 @@ OPERATIONS = (
         (
             ("m", "torch.where({m} > {c}, {m}, {k} * {m})"),
             ("m", "torch.where({m} > {s}, {m}, {k} * {m})"),
-            *_each("rc", "torch.where({t} > {s}, {t}, {k} * {t})"),
+            *_each("rcu", "torch.where({t} > {s}, {t}, {k} * {t})"),
         ),
     ),
 )

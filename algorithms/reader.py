@@ -23,6 +23,10 @@ COMMUTATIVE = (ast.Add, ast.Mult)  # bit by bit, for floats as well
 FORMS = {"score": "def score(W, …):", "allocate": "def allocate(profile, sparsity):"}
 
 
+class NotPythonError(LanguageError):
+    """The source cannot be parsed at all: it may have been cut."""
+
+
 @dataclass(frozen=True)
 class Function:
     """text: canonical. reads: the statistics, or summaries, that it reads, in the order of their table."""
@@ -75,8 +79,8 @@ def _imports_torch(node: ast.stmt) -> bool:
     return isinstance(node, ast.Import) and [(alias.name, alias.asname) for alias in node.names] == [("torch", None)]
 
 
-def _tree(source: str) -> list[ast.FunctionDef]:
-    """The functions of the source, within bounds."""
+def functions(source: str) -> list[ast.FunctionDef]:
+    """The syntax of the source's functions, within bounds, otherwise unchecked. Raises LanguageError."""
     if len(source) > MAX_SOURCE:
         raise LanguageError(f"the source has {len(source)} characters, at most {MAX_SOURCE} are read")
     try:
@@ -84,7 +88,7 @@ def _tree(source: str) -> list[ast.FunctionDef]:
             module = ast.parse(source, NOWHERE)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f"line {error.lineno}, column {error.offset}: " if getattr(error, "lineno", None) else ""
-        raise LanguageError(f"{where}not Python: {getattr(error, 'msg', None) or 'nested too deeply'}") from None
+        raise NotPythonError(f"{where}not Python: {getattr(error, 'msg', None) or 'nested too deeply'}") from None
     level, nodes, depth = [module], 0, 0
     while level:
         nodes, depth = nodes + len(level), depth + 1
@@ -122,7 +126,7 @@ def canonical(source: str) -> dict[str, Function]:
 
     Raises LanguageError for everything outside the language.
     """
-    found = {function.name: _canonical(function) for function in _tree(source)}
+    found = {function.name: _canonical(function) for function in functions(source)}
     return {name: found[name] for name in FORMS if name in found}
 
 

@@ -42,7 +42,7 @@ DEFAULT_STATISTICS = ("x_norm", "x_mean", "x_std")
 
 # What an allocation reads of each unit (a block, or a linear layer where the allocation is per layer), as
 # `profile.NAME`, float64 [units]. A are the Wanda scores |W|·x_norm, w the weights. All but depth are fields of
-# `algorithms.profiles.Profile`.
+# `algorithms.profiles.Profile`. None but those in SIGNED_SUMMARIES can be negative.
 SUMMARIES: dict[str, str] = {
     "numel": "number of prunable weights",
     "depth": "0 for the first block … 1 for the last",
@@ -56,3 +56,4 @@ SUMMARIES: dict[str, str] = {
     "input_mean": "mean of x_norm over the input features",
     "input_std": "standard deviation of x_norm over the input features",
 }
+SIGNED_SUMMARIES = frozenset({"skewness"})

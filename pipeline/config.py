@@ -16,6 +16,7 @@ from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
 from autoprune.models.errors import InputError
 
 GENERATOR_KINDS = ("vllm", "openai", "scripted")
+ALLOCATIONS = ("sdsa", "written")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -93,7 +94,8 @@ class SearchPlan:
     seeds: baselines as `score` or `score+allocation`. generations × candidates new algorithms are measured.
     A generation asks `prompts` prompts for `answers` answers in all, in at most `rounds` rounds, until it has enough
     algorithms that are new. elites: how many of the best are parents. operators: relative frequencies.
-    statistics: what the scores that are written may read beside W (see `algorithms.vocabulary`).
+    statistics: what the scores that are written may read beside W (see `algorithms.vocabulary`). allocation: what is
+    written of it: "sdsa", the parameters of SDSA, or "written", a function `allocate(profile, sparsity)`.
     """
 
     seeds: tuple[str, ...] = ("magnitude", "wanda", "wanda+owl", "wanda+sdsa", "ria+sdsa")
@@ -105,6 +107,7 @@ class SearchPlan:
     elites: int = 4
     operators: dict[str, float] = field(default_factory=lambda: {"explore": 1.0, "mutate": 2.0, "crossover": 1.0})
     statistics: tuple[str, ...] = DEFAULT_STATISTICS
+    allocation: str = "sdsa"
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,7 @@ def check_config(config: Config) -> None:
         raise InputError(f"search.answers is {search.answers}: expected at least search.prompts ({search.prompts})")
     if not search.seeds:
         raise InputError("search.seeds is empty: expected at least one baseline, such as wanda")
+    one_of("search.allocation", search.allocation, ALLOCATIONS)
     for operator, weight in search.operators.items():
         one_of("search.operators", operator, ("explore", "mutate", "crossover"))
         if weight < 0:

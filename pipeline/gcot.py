@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
+from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS, SUMMARIES
 from autoprune.pipeline.lineage import Candidate, Lineage
 
 Messages = tuple[tuple[str, str], ...]
@@ -19,16 +19,28 @@ SYSTEM = """You design pruning algorithms for language models. The `score` funct
 layer a number; in each comparison group the lowest scores are pruned. Nothing is retrained.
 W: weights [out, in].
 {statistics}Group: row (weights of one output compete) or matrix (all weights of the layer compete).
-Allocation: how the budget is spread over the blocks. tau: lower = more weight on skewed blocks; m: share of the \
-budget that follows skewness, 0 is uniform; depth: how much more early blocks keep than late ones.
+{allocation}
 Answer in exactly this form, without what the task tells you to leave out:
 Diagnosis: <what limits the candidate, at most 15 words>
 Hypothesis: <what you change and why the error will fall, at most 15 words>
 Group: row
-Allocation: sdsa tau=0.5 m=0.3 depth=0.2
+{form}
 def score({parameters}):
     m0 = <expression>
     return <expression>"""
+
+# Of the allocation, by what is written of it: what it is, and the form of the answer.
+ALLOCATION = {
+    "sdsa": "Allocation: how the budget is spread over the blocks. tau: lower = more weight on skewed blocks; m: share "
+    "of the budget that follows skewness, 0 is uniform; depth: how much more early blocks keep than late ones.",
+    "written": "The `allocate` function gives every block a number; blocks keep weights in proportion to it. "
+    "profile.NAME has one number per block:\n"
+    + "\n".join(f"profile.{name}: {description}." for name, description in SUMMARIES.items()),
+}
+FORM = {
+    "sdsa": "Allocation: sdsa tau=0.5 m=0.3 depth=0.2",
+    "written": "def allocate(profile, sparsity):\n    u0 = <expression>\n    return <expression>",
+}
 
 TASKS = {
     "explore": "Task (explore): write an algorithm of a different kind than every one above: other statistics, "
@@ -37,6 +49,8 @@ TASKS = {
     "says is worst. Group and allocation stay: leave them out of the answer.",
     "mutate allocation": "Task (mutate): change tau, m and depth of step {focal}, so that the blocks with the most "
     "error keep more. Group and function stay: leave them out of the answer.",
+    "mutate allocate": "Task (mutate): change the allocate function of step {focal}, so that the blocks with the most "
+    "error keep more. Group and score stay: leave them out of the answer.",
     "crossover": "Task (crossover): join what works in step {focal} with what works in step {partner}.",
 }
 
@@ -52,11 +66,12 @@ def build_prompt(
     sparsity: float,
     limit: int,
     statistics: Sequence[str] = DEFAULT_STATISTICS,
+    allocation: str = "sdsa",
 ) -> Messages:
     """The prompt for one of TASKS: (role, text) messages of at most `limit` characters, of which the oldest evidence
-    is dropped first, but never the parents. statistics: names in STATISTICS that the answer is told of. A function of
-    its arguments alone."""
-    system = _system(statistics)
+    is dropped first, but never the parents. statistics: names in STATISTICS that the answer is told of. allocation: a
+    key of ALLOCATION. A function of its arguments alone."""
+    system = _system(statistics, allocation)
     head = [
         f"{sparsity:.0%} of the weights are pruned. Fitness: mean negative log-likelihood of the pruned model in nats "
         f"per token, lower is better; the dense model has {dense_nll:.3f}.",
@@ -79,11 +94,16 @@ def build_prompt(
         steps.remove(oldest)
 
 
-def _system(statistics: Sequence[str]) -> str:
-    """What holds for every prompt of a search that offers these statistics."""
+def _system(statistics: Sequence[str], allocation: str) -> str:
+    """What holds for every prompt of a search that offers these statistics and has this of an allocation written."""
     shapes = {"r": "[in]", "m": "[out, in]"}
     lines = (f"{name}: {STATISTICS[name].description}, {shapes[STATISTICS[name].type]}.\n" for name in statistics)
-    return SYSTEM.format(statistics="".join(lines), parameters=", ".join(("W", *statistics)))
+    return SYSTEM.format(
+        statistics="".join(lines),
+        allocation=ALLOCATION[allocation],
+        form=FORM[allocation],
+        parameters=", ".join(("W", *statistics)),
+    )
 
 
 def _walk(lineage: Lineage, parents: tuple[str, ...]) -> list[Candidate]:
@@ -107,10 +127,12 @@ def _step(lineage: Lineage, candidate: Candidate, numbers: dict[str, int]) -> st
     number = numbers[candidate.id]
     sources = [str(numbers[parent]) for parent in candidate.parents if parent in numbers]
     origin = f" ({candidate.operator} of {' and '.join(sources)})" if sources else ""
-    code = candidate.algorithm.score.strip().replace("\n", "\n   ")
+    allocation = candidate.algorithm.allocation
+    functions = filter(None, (allocation.source.strip(), candidate.algorithm.score.strip()))
+    code = "\n".join(functions).replace("\n", "\n   ")
     text = [
         f"{number}.{origin} Claim: {candidate.hypothesis or 'none given'}",
-        f"   Group: {candidate.algorithm.group}. Allocation: {candidate.algorithm.allocation}.",
+        f"   Group: {candidate.algorithm.group}. Allocation: {'as written' if allocation.source else allocation}.",
         f"   {code}",
         f"   Evidence: fitness {candidate.fitness:.3f}{_moved(lineage, candidate)}{_damage(candidate)}.",
         f"   Conclusion: {_conclusion(lineage, candidate)}",
@@ -153,5 +175,10 @@ def _conclusion(lineage: Lineage, candidate: Candidate) -> str:
 
 
 def _one_line(candidate: Candidate) -> str:
-    body = [line.strip() for line in candidate.algorithm.score.strip().splitlines()[1:]]
-    return f"{'; '.join(body)} [{candidate.algorithm.group}, {candidate.algorithm.allocation}]"
+    algorithm = candidate.algorithm
+    allocation = _body(algorithm.allocation.source) or algorithm.allocation
+    return f"{_body(algorithm.score)} [{algorithm.group}, {allocation}]"
+
+
+def _body(source: str) -> str:
+    return "; ".join(line.strip() for line in source.strip().splitlines()[1:])

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 from autoprune.actors.messages import Evaluation
+from autoprune.algorithms.answers import SALVAGES
+from autoprune.algorithms.vocabulary import SUMMARIES
 from autoprune.models.catalogue import CATALOGUE
 from autoprune.models.checkpoint_files import checkpoint_bytes
 from autoprune.models.corpora import load_corpus, overlap, token_windows
@@ -196,6 +198,7 @@ def _run(
     from autoprune.actors.generator import VllmGenerator
     from autoprune.actors.placement import plan_resources
     from autoprune.actors.pool import EvaluatorPool, PoolPlan
+    from autoprune.algorithms.allocation import OPTIONAL
     from autoprune.algorithms.allocation import needs as features_of
     from autoprune.models.masking import needs
     from autoprune.pipeline.tracking import MlflowTracker
@@ -217,7 +220,9 @@ def _run(
         sparsity=config.target.sparsity,
         splits=windows,
         statistics=frozenset(config.search.statistics).union(*(needs(seed) for seed in seeds)),
-        features=frozenset().union(*(features_of(seed.allocation) for seed in seeds)),
+        features=frozenset(OPTIONAL & SUMMARIES.keys() if config.search.allocation == "written" else ()).union(
+            *(features_of(seed.allocation) for seed in seeds)
+        ),
         deadline=evaluators.deadline,
         attempts=evaluators.attempts,
         resources=shared,
@@ -307,6 +312,7 @@ def _conclude(
             "evaluated": counts["evaluated"],
             "failed": counts["failed"],
         },
+        "salvaged": {kind: sum(kind in c.salvaged for c in written) for kind in SALVAGES},
         "tokens": {"prompt": spent.prompt_tokens, "completion": spent.completion_tokens},
         "seconds": {
             "generating": spent.generating,

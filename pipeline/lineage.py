@@ -22,6 +22,7 @@ class Candidate:
 
     id: `g<generation>-c<index>`, seeds `seed-<name>`. algorithm: None where the answer could not be read.
     prompt: the text that the language model was given, answer: what it wrote (both empty for seeds).
+    salvaged: what had to be mended before it could be read (see `algorithms.answers`).
     mask: packed masks on the probe layers, hexadecimal. repeats: id of the candidate that has the same masks.
     """
 
@@ -36,6 +37,7 @@ class Candidate:
     answer: str = ""
     status: str = "proposed"
     error: str | None = None
+    salvaged: tuple[str, ...] = ()
     mask: str = ""
     mask_hash: str = ""
     repeats: str | None = None
@@ -50,6 +52,7 @@ class Candidate:
     def from_dict(cls, data: dict) -> Candidate:
         data = dict(data)
         data["parents"] = tuple(data["parents"])
+        data["salvaged"] = tuple(data.get("salvaged", ()))
         if data["algorithm"] is not None:
             data["algorithm"] = Algorithm.from_dict(data["algorithm"])
         if data["evaluation"] is not None:

@@ -21,8 +21,11 @@ COUNTS = ("answers", "usable", "invalid", "repeated", "surplus", "evaluated", "f
 
 
 def algorithm_text(algorithm: Algorithm) -> str:
-    """The whole algorithm as one readable source file: group and allocation in a comment above the score function."""
-    return f"# group: {algorithm.group}\n# allocation: {algorithm.allocation}\n{algorithm.score.strip()}\n"
+    """The whole algorithm as one readable source file: group and allocation in a comment above the score function, and
+    an allocation of its own above that."""
+    head = f"# group: {algorithm.group}\n# allocation: {algorithm.allocation}\n"
+    functions = filter(None, (algorithm.allocation.source.strip(), algorithm.score.strip()))
+    return head + "\n\n\n".join(functions) + "\n"
 
 
 def _ppl(nll: float | None) -> str:
@@ -62,7 +65,9 @@ def table(summary: dict) -> Table:
 
 
 def _counts_line(summary: dict) -> str:
-    return ", ".join(f"{summary['counts'][name]} {name}" for name in COUNTS)
+    text = ", ".join(f"{summary['counts'][name]} {name}" for name in COUNTS)
+    salvaged = [f"{count} with {kind}" for kind, count in summary.get("salvaged", {}).items() if count]
+    return text + (f"; mended before reading: {', '.join(salvaged)}" if salvaged else "")
 
 
 def _duration(seconds: float) -> str:

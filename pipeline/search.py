@@ -18,8 +18,10 @@ from typing import Protocol
 
 from autoprune.actors.messages import Answer, Evaluation, Probe, Request
 from autoprune.algorithms.algorithm import Algorithm
-from autoprune.algorithms.grammar import PARTS, answer_grammar
-from autoprune.algorithms.language import LanguageError, parse_answer
+from autoprune.algorithms.answers import parse_answer
+from autoprune.algorithms.grammar import answer_grammar
+from autoprune.algorithms.manual import brief
+from autoprune.algorithms.translator import LanguageError
 from autoprune.algorithms.vocabulary import STATISTICS
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
@@ -66,7 +68,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Slot:
-    """One prompt. parts: of an algorithm, which the answer holds; the others are the first parent's."""
+    """One prompt. parts: of an algorithm, which the answer holds (see `grammar`); the others are the first parent's."""
 
     operator: str
     parents: tuple[str, ...]
@@ -174,14 +176,18 @@ class Search:
             parents = choose_parents(rng, operator, self.lineage, plan.elites)
             if operator == "crossover" and len(parents) < 2:
                 operator = "mutate"  # there is nobody else yet
-            task, parts = operator, PARTS
+            written = "allocate" if plan.allocation == "written" else "allocation"
+            task, parts = operator, ("group", written, "score")
             if operator == "mutate":
                 # Of the allocation or of the score, in turn: it is then known which made the difference.
-                parts = ("score",) if slots and slots[-1].parts == ("allocation",) else ("allocation",)
+                parts = ("score",) if slots and slots[-1].parts == (written,) else (written,)
                 task = f"mutate {parts[0]}"
             dense = self.evaluator.dense["fitness"].nll
             sparsity = self.config.target.sparsity
-            messages = build_prompt(self.lineage, task, parents, dense, sparsity, self._prompt_limit, plan.statistics)
+            limit = self._prompt_limit
+            messages = build_prompt(
+                self.lineage, task, parents, dense, sparsity, limit, plan.statistics, plan.allocation
+            )
             slots.append(Slot(operator, parents, messages, parts))
         return slots
 
@@ -189,7 +195,9 @@ class Search:
     def _prompt_limit(self) -> int:
         """Characters that a prompt may have: code takes a token for every two and a half, or more."""
         writer = self.config.generator
-        return int(2.5 * (writer.max_model_len - writer.max_tokens))
+        room = int(2.5 * (writer.max_model_len - writer.max_tokens))
+        # Such a server may refuse the grammar and be told in words.
+        return room - len(brief(self.config.search.allocation == "written")) if writer.kind == "openai" else room
 
     def _ask(self, generation: int, round_: int, slots: list[Slot]) -> list[list[Answer]]:
         """Answers per slot, from the journal where it has them."""
@@ -205,6 +213,7 @@ class Search:
                     temperature=writer.temperature + writer.heat * round_,
                     max_tokens=writer.max_tokens,
                     grammar=answer_grammar(parts=slot.parts, statistics=plan.statistics),
+                    brief=brief("allocate" in slot.parts),
                     offset=self.spent.answers + sum(counts[:index]),
                 )
                 for index, (slot, count) in enumerate(zip(slots, counts, strict=True))
@@ -231,22 +240,27 @@ class Search:
         """An answer as a candidate; one that cannot be read is invalid, with the reason."""
         prompt = "\n\n".join(f"[{role}]\n{text}" for role, text in slot.messages)
         candidate = Candidate(name, generation, slot.operator, slot.parents, prompt=prompt, answer=answer.text)
-        if answer.finish_reason == "length":
-            candidate.status, candidate.error = "invalid", "the answer was cut at the token limit"
-            return candidate
+        cut = answer.finish_reason == "length"
         parent = self.lineage[slot.parents[0]].algorithm
         text, offered = answer.text, self.config.search.statistics
         if "score" not in slot.parts:
             offered = tuple(STATISTICS)  # a seed may read what is not offered, and its children keep its score
-            text = f"{text.partition('def score')[0].rstrip()}\n{parent.score}"
+            head, allocate, rest = text.partition("def score")[0].partition("def allocate")
+            text = f"{head.rstrip()}\n{parent.score}\n{allocate}{rest}".rstrip()
+        allocates = "allocate" in slot.parts
         try:
-            proposal = parse_answer(text, parent.group, parent.allocation, offered)
+            if cut and slot.parts == ("allocation",):
+                raise LanguageError("the answer was cut at the token limit")
+            proposal = parse_answer(text, parent.group, parent.allocation, offered, allocates, cut)
         except LanguageError as error:
             candidate.status, candidate.error = "invalid", str(error)
             return candidate
-        kept = {part: getattr(parent, part) for part in PARTS if part not in slot.parts}
-        candidate.algorithm = replace(proposal.algorithm, **kept)
+        kept = {"group": parent.group, "score": parent.score, "allocation": parent.allocation}
+        if {"allocation", "allocate"} & set(slot.parts):
+            del kept["allocation"]
+        candidate.algorithm = replace(proposal.algorithm, **{p: v for p, v in kept.items() if p not in slot.parts})
         candidate.diagnosis, candidate.hypothesis = proposal.diagnosis, proposal.hypothesis
+        candidate.salvaged = proposal.salvaged
         return candidate
 
     def _probe(self, written: list[Candidate], earlier: list[Candidate]) -> None:

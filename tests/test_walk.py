@@ -18,8 +18,8 @@ import pytest
 from autoprune.actors.generator import OpenAIGenerator
 from autoprune.actors.messages import Request
 from autoprune.algorithms.algorithm import Algorithm
+from autoprune.algorithms.answers import parse_answer
 from autoprune.algorithms.grammar import answer_grammar
-from autoprune.algorithms.language import parse_answer
 from autoprune.algorithms.probe import probe
 from autoprune.models.errors import InputError
 from autoprune.pipeline.checkpoint import Journal

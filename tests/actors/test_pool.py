@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from autoprune.actors.evaluator import EvaluatorShard
 from autoprune.actors.placement import ActorResources
 from autoprune.actors.pool import EvaluatorPool, PoolPlan, shard_bounds
 from autoprune.algorithms.algorithm import Algorithm, Allocation
@@ -141,6 +142,35 @@ def test_a_hanging_actor_is_replaced_at_the_deadline(pool, attempts, lost):
     assert [index for index in results if results[index].error] == lost
     for index in lost:
         assert "given up after 1 attempts: no result within 5 s" in results[index].error
+
+
+def test_candidates_run_without_the_credentials_of_the_driver(tiny_model, pool):
+    """What the cluster's processes inherited or were given is gone, in new actors as well; the rest is there."""
+    import ray
+
+    secrets = {"HF_TOKEN": "a", "AWS_SECRET_ACCESS_KEY": "b", "RAY_MY_PASSWORD": "c", "CUSTOMER": "d"}
+
+    def names(_):
+        import os
+
+        return set(os.environ)
+
+    class Given(EvaluatorShard):
+        def __init__(self, *arguments):
+            import os
+
+            os.environ |= secrets
+            super().__init__(*arguments)
+
+    actor = ray.remote(Given).options(num_cpus=0.25).remote(str(tiny_model), 0, 4, "float32", "cpu", 1)
+    assert secrets.keys() <= ray.get(actor.__ray_call__.remote(names))
+    ray.get(actor.seclude.remote())
+    left = ray.get(actor.__ray_call__.remote(names))
+    assert not secrets.keys() & left and {"PATH", "HOME"} <= left
+    ray.kill(actor)
+    for shard in pool._replicas[0].actors:
+        left = ray.get(shard.__ray_call__.remote(names))
+        assert "PYTEST_CURRENT_TEST" not in left and "PATH" in left
 
 
 def test_probes_run_in_evaluators(pool):

@@ -20,7 +20,8 @@ from hostile import HOSTILE
 from watching import Watch
 
 from autoprune.algorithms.algorithm import Algorithm
-from autoprune.algorithms.language import LanguageError, parse, parse_allocation, parse_answer
+from autoprune.algorithms.answers import parse_answer
+from autoprune.algorithms.language import LanguageError, parse, parse_allocation
 from autoprune.algorithms.manual import calls
 from autoprune.algorithms.operations import BY_NAME, OPERATIONS
 from autoprune.algorithms.probe import probe, probe_allocation

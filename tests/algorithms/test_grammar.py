@@ -1,19 +1,24 @@
 """The grammar writes only what the reader accepts: checked by sampling the rules themselves, and by xgrammar."""
 
 import ast
+import functools
 import itertools
+import os
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from autoprune.algorithms.answers import parse_answer
 from autoprune.algorithms.cost import dry_run
 from autoprune.algorithms.grammar import Prose, Ref, answer_grammar, answer_rules
-from autoprune.algorithms.language import LanguageError, parse, parse_answer
+from autoprune.algorithms.language import LanguageError, parse, parse_allocation
 from autoprune.algorithms.operations import BY_NAME, OPERATIONS
-from autoprune.algorithms.probe import probe
-from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
+from autoprune.algorithms.probe import probe, probe_allocation
+from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS, SUMMARIES
+from autoprune.kernels.masks import row_mask
 
 HEAD = (
     "Diagnosis: the outlier columns are pruned\nHypothesis: input norms will protect them\n"
@@ -98,7 +103,7 @@ def test_answers_are_short(answers):
     assert max(len(answer.partition("def score")[2]) for answer in answers) < 600
 
 
-SHAPES = {"m": (5, 7), "r": (7,), "c": (5, 1), "s": ()}
+SHAPES = {"m": (5, 7), "r": (7,), "c": (5, 1), "s": (), "u": (9,)}
 
 
 @pytest.mark.parametrize("result, text", [writing for o in OPERATIONS for writing in o.writings])
@@ -109,12 +114,13 @@ def test_writings_have_the_shape_of_their_type_and_stay_above_zero(result, text)
 
     def operand(match):
         if match[1] not in SHAPES:
-            return "1.5"
+            return "0.9" if match[1] == "q" else "1.5"
         name = f"{match[1]}{len(values)}"
         values[name] = torch.rand(SHAPES[match[1]], generator=generator).sub(0.2).clamp(min=0)
         return name
 
-    value = eval(re.sub(r"\{(\w)\}", operand, text), values)
+    # `median` of the language is torch's quantile at 0.5.
+    value = eval(re.sub(r"\{(\w)\}", operand, text).replace(".median(", ".quantile(0.5, "), values)
     assert value.shape == SHAPES[result]
     assert value.isfinite().all() and (value >= 0).all()
 
@@ -264,14 +270,91 @@ class TestXgrammar:
         assert not accepts_all(HEAD.replace("x_norm, x_mean, x_std", ", ".join(STATISTICS)) + body)
 
 
-@pytest.mark.parametrize("parts", [("allocation",), ("score",), ("group", "allocation")])
+@pytest.mark.parametrize("parts", [("allocation",), ("score",), ("group", "allocation"), ("allocate",)])
 def test_an_answer_may_hold_some_parts_only(parts):
     """What is left out cannot be written; what is there is written as in a whole answer."""
     text = answer_grammar(parts=parts)
     assert ("Group: " in text) == ("group" in parts)
     assert ("Allocation: " in text) == ("allocation" in parts)
     assert ("def score" in text) == ("score" in parts)
+    assert ("def allocate" in text) == ("allocate" in parts)
     whole = dict(line.split(" ::= ") for line in answer_grammar().splitlines())
+    whole |= dict(line.split(" ::= ") for line in answer_grammar(parts=("group", "allocate", "score")).splitlines())
     for line in text.splitlines():
         name, rule = line.split(" ::= ")
         assert name == "root" or whole[name] == rule
+
+
+# In `make test` a share of the 10,000 that AUTOPRUNE_DERIVATIONS=10000 asks for: those take two minutes.
+MANY = int(os.environ.get("AUTOPRUNE_DERIVATIONS", "1500"))
+
+
+@functools.cache
+def probe_layer():
+    """A layer, and its statistics as float32 by name: small, so that thousands of programs can be run on it."""
+    generator = torch.Generator().manual_seed(2)
+    W = torch.randn(12, 20, generator=generator)
+    shapes = {name: one.shape(12, 20) for name, one in STATISTICS.items()}
+    return W, {name: torch.rand(shape, generator=generator) + 0.1 for name, shape in shapes.items()}
+
+
+def as_python(source):
+    """The function of a text that the grammar's own rules derived, run by Python as it stands; no candidate's text."""
+    text = re.sub(r"tune\(([^,]+),[^)]*\)", r"\1", source).replace(".median(", ".quantile(0.5, ")
+    space = {"torch": torch}
+    exec(text.replace(".argsort(dim=0)", ".argsort(dim=0, stable=True)"), space)
+    return space
+
+
+def test_derivations_are_accepted_and_their_canonical_forms_do_the_same():
+    """Over everything that the grammar can offer, `allocate` and all statistics among it."""
+    source, names = random.Random(5), tuple(STATISTICS)
+    rules = answer_rules(parts=("group", "allocate", "score"), statistics=names)
+    W, statistics = probe_layer()
+    units = {name: torch.rand(7, dtype=torch.float64) + 0.1 for name in SUMMARIES}
+    for index in range(MANY):
+        answer = sample(rules, source)
+        proposal = parse_answer(answer, statistics=names, allocates=True)
+        assert proposal.salvaged == ()
+        program, own = parse(proposal.algorithm.score), parse_allocation(proposal.algorithm.allocation.source)
+        assert parse(program.source) == program and parse_allocation(own.source) == own
+        plain = as_python(answer[answer.index("def allocate") :])
+        scores = plain["score"](W, *statistics.values())
+        same = program(W, statistics)
+        # Operands that change places may change the last bit of a product with three factors, never a rank.
+        assert torch.equal(row_mask(scores, 12), row_mask(same, 12)), answer
+        if index % 5 == 0:
+            wishes = plain["allocate"](SimpleNamespace(**units), 0.6)
+            torch.testing.assert_close(own(units, 0.6), wishes.double())
+
+
+@pytest.mark.parametrize("units", [1, 2, 30])
+def test_every_derived_allocation_can_be_used(units):
+    """Whatever the summaries are: zeros, and models of one block."""
+    source, rules = random.Random(6), answer_rules(parts=("allocate",))
+    generator = torch.Generator().manual_seed(units)
+    for index in range(400):
+        text = sample(rules, source)
+        program = parse_allocation(text[text.index("def allocate") :])
+        scale = 10.0 ** source.randint(-3, 7)
+        profile = {name: scale * torch.rand(units, generator=generator, dtype=torch.float64) for name in SUMMARIES}
+        if index % 2:
+            profile = {name: value * (value > scale / 2) for name, value in profile.items()}
+        wishes = program(profile, source.choice([0.1, 0.6, 0.9]))
+        assert wishes.shape == (units,) and wishes.isfinite().all() and (wishes > 0).all(), text
+        if index < 100:
+            probe_allocation(program.source)
+
+
+def test_allocations_use_every_line_and_every_summary():
+    source, rules = random.Random(7), answer_rules(parts=("allocate",))
+    texts = [sample(rules, source).partition("def allocate")[2] for _ in range(500)]
+    for text in texts:
+        program = parse_allocation(f"def allocate{text}")
+        assert program.source.count("\n") == text.count("\n")  # no line was dropped as dead
+    assert set(re.findall(r"profile\.(\w+)", "".join(texts))) == set(SUMMARIES)
+
+
+def test_constants_to_tune_can_be_written(answers):
+    text = "".join(answers)
+    assert {"tune(0.5, 0.1, 2)", "tune(2, 1, 8)"} <= set(re.findall(r"tune\([^)]*\)", text))

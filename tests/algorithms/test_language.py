@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoprune.algorithms.algorithm import Allocation
 from autoprune.algorithms.cost import dry_run
-from autoprune.algorithms.language import SDSA, LanguageError, parse, parse_answer
+from autoprune.algorithms.language import LanguageError, parse
 from autoprune.algorithms.operations import OPERATIONS
 from autoprune.algorithms.statistics import STATISTIC
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
@@ -311,7 +310,7 @@ for body in sys.argv[1:]:
 def test_every_operation_works_as_the_first_of_its_process():
     """Torch imports some of itself when it is first needed, and a program cannot import (see `language`)."""
     operands = {"m": "W", "r": "W.mean(dim=0)", "c": "W.mean(dim=1, keepdim=True)", "s": "W.mean()"}
-    operands |= {"k": "0.5", "e": "1.5"}
+    operands |= {"k": "0.5", "e": "1.5", "q": "0.9", "u": "W.mean(dim=0)"}
     bodies = [re.sub(r"\{(\w)\}", lambda m: operands[m[1]], text) for o in OPERATIONS for _, text in o.writings]
     bodies += ["W.clamp(min=0.5)", "W.pow(2)", "(W > 1).float()", "torch.where(W > 1, W, 2)", "2 - W", "W[0:2].mean()"]
     command = [sys.executable, "-c", FRESH, *bodies]
@@ -348,107 +347,6 @@ def test_call_checks_what_comes_back():
     W, statistics = layer(4, 4)
     with pytest.raises(LanguageError, match="expected float32"):
         parse(function("return x_norm"))(W, statistics)
-
-
-ANSWER = """Diagnosis: Rows differ in scale.
-Hypothesis: Dividing by the row mean will help.
-Group: matrix
-Allocation: sdsa tau=1 m=0.5 depth=0.2
-def score(W, x_norm, x_mean, x_std):
-    m0 = W.abs() * x_norm
-    c0 = m0.mean(dim=1, keepdim=True)
-    return m0 / (c0 + 1e-6)"""
-
-
-def test_answer():
-    proposal = parse_answer(ANSWER)
-    assert proposal.diagnosis == "Rows differ in scale."
-    assert proposal.hypothesis == "Dividing by the row mean will help."
-    assert proposal.algorithm.group == "matrix"
-    assert proposal.algorithm.allocation == Allocation("sdsa", {"tau": 1.0, "m": 0.5, "depth": 0.2})
-    assert proposal.algorithm.score.startswith("def score(W, x_norm):\n    v0 = ")
-
-
-def test_answer_in_prose_and_markup():
-    head, code = ANSWER.split("\ndef")
-    head = "Sure!\n\n**" + head.replace(":", ":**").replace("\n", "\n- **")
-    text = f"{head}\n\n```python\nimport torch\n\ndef{code}\n```\nThis works because def score(W) is good.\n"
-    assert parse_answer(text) == parse_answer(ANSWER)
-
-
-def test_answer_with_an_indented_function_and_text_after_it():
-    code = (
-        "  def score(\n      W,\n      x_norm,\n  ):\n      a = (\n  W.abs() * x_norm)\n\n      return a\n  And so on."
-    )
-    assert parse_answer(code).algorithm.score == "def score(W, x_norm):\n    v0 = W.abs() * x_norm\n    return v0"
-
-
-def test_missing_lines_take_the_given_defaults():
-    code = ANSWER.partition("0.2\n")[2]
-    proposal = parse_answer(code)
-    assert (proposal.diagnosis, proposal.hypothesis) == ("", "")
-    assert (proposal.algorithm.group, proposal.algorithm.allocation) == ("row", SDSA)
-    parent = Allocation("atp", {"beta": 0.01})
-    algorithm = parse_answer(code, group="matrix", allocation=parent).algorithm
-    assert (algorithm.group, algorithm.allocation) == ("matrix", parent)
-    assert parse_answer("Allocation: uniform\n" + code).algorithm.allocation == Allocation("uniform")
-
-
-def test_only_statistics_that_are_offered_may_be_read():
-    reads = ANSWER.replace("x_std", "h_inv_diag").replace("* x_norm", "* h_inv_diag")
-    with pytest.raises(LanguageError) as refusal:
-        parse_answer(reads)
-    assert str(refusal.value) == ("the score reads h_inv_diag: not offered here; offered are W, x_norm, x_mean, x_std")
-    assert parse(parse_answer(reads, statistics=("h_inv_diag", "g_rms")).algorithm.score).reads == ("h_inv_diag",)
-    with pytest.raises(LanguageError, match="the score reads x_norm: not offered here; offered are W, g_rms"):
-        parse_answer(ANSWER, statistics=("g_rms",))
-
-
-def test_a_statistic_that_is_a_parameter_only_does_no_harm():
-    listed = ANSWER.replace("x_std", "g_rms")
-    assert parse_answer(listed) == parse_answer(ANSWER)
-
-
-@pytest.mark.parametrize(
-    "end",
-    ["def score(", "x_mean, x_std):", "m0 = ", "* x_norm\n", "c0 = m0.mean(dim", "retu", "return", "return m0 / (c0"],
-)
-def test_a_cut_answer_says_so(end):
-    with pytest.raises(LanguageError, match="the answer was cut"):
-        parse_answer(ANSWER[: ANSWER.index(end) + len(end)])
-
-
-def test_an_answer_without_a_function_is_refused():
-    with pytest.raises(LanguageError, match="no line `def score"):
-        parse_answer("Diagnosis: I would multiply weights and inputs.")
-
-
-@pytest.mark.parametrize(
-    "line", ["sdsa tau=0", "sdsa tau=nan", "sdsa q=1", "sdsa m=2", "magic", "sdsa tau", "uniform m=1"]
-)
-def test_allocations_out_of_bounds_are_refused(line):
-    with pytest.raises(LanguageError, match="the allocation is"):
-        parse_answer(ANSWER.replace("sdsa tau=1 m=0.5 depth=0.2", line))
-
-
-def test_unknown_group_is_refused():
-    with pytest.raises(LanguageError, match="the group is 'block', expected row or matrix"):
-        parse_answer(ANSWER.replace("Group: matrix", "Group: block"))
-
-
-def test_thoughts_are_capped_and_printable():
-    text = ANSWER.replace("Rows differ", "Rows\x1b[31m \u202ediffer\ud800 " + "x" * 1000)
-    diagnosis = parse_answer(text).diagnosis
-    assert len(diagnosis) == 400 and diagnosis.isprintable()
-
-
-@pytest.mark.parametrize(
-    "text", ["def\n score(W):\n    return W", "x\x0bdef score(W):\n    return W.abs()", "def score"]
-)
-def test_a_broken_definition_is_refused_in_one_line(text):
-    with pytest.raises(LanguageError) as refusal:
-        parse_answer(text)
-    assert "\n" not in str(refusal.value)
 
 
 def test_order_of_operands_does_not_matter_where_it_changes_nothing():

@@ -32,7 +32,8 @@ class LocalEvaluator:
         generator = torch.Generator().manual_seed(0)
         self._shard = EvaluatorShard(str(folder), 0, 4, "float32", "cpu", torch.get_num_threads())
         self._splits = {s: torch.randint(0, 256, (4, 16), generator=generator) for s in ("fitness", "report")}
-        self._shard.calibrate(torch.randint(0, 256, (4, 16), generator=generator), {"x_norm", "x_mean", "x_std"}, ())
+        tokens, features = torch.randint(0, 256, (4, 16), generator=generator), ("kurtosis", "score_std")
+        self._shard.calibrate(tokens, {"x_norm", "x_mean", "x_std"}, features)
         self._profiles = self._shard.profiles()
         self._sparsity = sparsity
         self.dense = {split: self._forward(split, None, None) for split in self._splits}
@@ -82,8 +83,9 @@ class SilentProgress:
         pass
 
 
-def local_search(folder: Path, evaluator: LocalEvaluator) -> Search:
-    config = small_config(folder)
+def local_search(folder: Path, evaluator: LocalEvaluator, config: Config | None = None) -> Search:
+    """config: other than `small_config`, in the same folder."""
+    config = config or small_config(folder)
     config.folder.mkdir(parents=True, exist_ok=True)
     generator = ScriptedGenerator(Path(config.generator.answers))
     return Search(config, config.folder, generator, evaluator, ListTracker(), SilentProgress())

@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from local import LocalEvaluator, local_search
+from local import LocalEvaluator, local_search, small_config
 
+from autoprune.actors.messages import Answer
 from autoprune.models.errors import InputError
+from autoprune.pipeline.lineage import Lineage
+from autoprune.pipeline.report import algorithm_text
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +124,82 @@ def test_no_hash_seed_reaches_a_decision(tmp_path, fresh, tiny_model, hash_seed)
     subprocess.run(arguments, check=True, env=os.environ | {"PYTHONHASHSEED": hash_seed})
     there = json.loads((tmp_path / "there" / "run" / "lineage.json").read_text())
     assert json.dumps(there, sort_keys=True) == here
+
+
+CODESIGN = """Diagnosis: Blocks differ in the spread of their weights.
+Hypothesis: Blocks whose kurtosis is high must keep more.
+Group: row
+def allocate(profile, sparsity):
+    u0 = profile.kurtosis / (profile.kurtosis.mean() + 1e-6)
+    return 1 + 0.5 * u0
+def score(W, x_norm, x_mean, x_std):
+    return W.abs() * x_std
+---
+Sure! Early blocks matter, so I keep more of them:
+```python
+def allocate(profile, sparsity):
+    return 1 / (profile.depth + 0.5)
+
+def score(W, x_norm):
+    m0 = W.abs() * x_norm
+    c0 = m0.mean(dim=1, keepdim=True)
+```
+---
+def allocate(profile, sparsity):
+    return profile.skewness.log()
+def score(W, x_norm):
+    m0 = W.abs() * (x_norm + 1)
+    return m0 / (c0 +"""
+
+
+def test_allocations_are_written_where_that_is_asked_for(tmp_path, fresh):
+    """A function of its own for each of the answers that hold one, kept or replaced as the operator says."""
+    (tmp_path / "answers.txt").write_text(CODESIGN)
+    config = small_config(tmp_path)
+    config = replace(
+        config,
+        generator=replace(config.generator, answers=str(tmp_path / "answers.txt")),
+        search=replace(config.search, allocation="written", generations=4, candidates=4, answers=6, prompts=3),
+    )
+    search = local_search(tmp_path, fresh, config)
+    search.run()
+    sources = {}
+    for candidate in search.lineage:
+        if candidate.operator == "seed" or candidate.algorithm is None:
+            continue
+        parent = search.lineage[candidate.parents[0]].algorithm
+        same = [getattr(candidate.algorithm, part) == getattr(parent, part) for part in ("score", "allocation")]
+        if candidate.operator == "mutate":
+            assert any(same), "a mutation is of the score or of the allocation"
+        else:
+            assert candidate.algorithm.allocation.name == "written"
+        if candidate.status == "evaluated" and candidate.algorithm.allocation.source:
+            sources[candidate.algorithm.allocation.source] = candidate
+        assert ("profile.kurtosis: " in candidate.prompt) and "tau" not in candidate.prompt.partition("[user]")[0]
+    assert any("kurtosis" in source for source in sources) and any("depth" in source for source in sources)
+    for source, candidate in sources.items():
+        assert source in algorithm_text(candidate.algorithm)
+        assert len(set(candidate.evaluation.block_sparsities)) > 1
+    salvaged = {kind for candidate in search.lineage for kind in candidate.salvaged}
+    assert {"fences", "prose", "no return"} <= salvaged
+    prompts = [c.prompt for c in search.lineage if c.generation > 1]
+    assert any("Allocation: as written" in prompt and "1 + 0.5 *" in prompt for prompt in prompts) or any(
+        "def allocate" in prompt.partition("[user]")[2] for prompt in prompts
+    )
+    again = Lineage.from_dict(json.loads(json.dumps(search.lineage.to_dict())))
+    assert again.to_dict() == search.lineage.to_dict()
+
+
+def test_an_answer_that_was_cut_is_mended_or_refused(tmp_path, fresh):
+    search = local_search(tmp_path, fresh)
+    search.run()
+    (slot,) = search._slots(1, 0)[:1]
+    whole = "def score(W, x_norm):\n    m0 = W.abs() * x_norm\n    m1 = m0 * 2"
+    for parts, text, status, error in (
+        (("score",), whole, "proposed", None),
+        (("score",), whole[:24], "invalid", "the answer was cut"),
+        (("allocation",), "Diagnosis: x\nAllocation: sdsa tau=1", "invalid", "the answer was cut"),
+    ):
+        candidate = search._read("c", 1, replace(slot, parts=parts), Answer(text, finish_reason="length"))
+        assert candidate.status == status and (candidate.error or "").startswith(error or "")
+        assert candidate.salvaged == (("cut", "no return") if error is None else ())

@@ -1,0 +1,62 @@
+"""The OpenAI-compatible client against a server on a socket that takes no grammar."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from autoprune.actors.generator import OpenAIGenerator
+from autoprune.actors.messages import Request
+
+
+class NoGrammar(BaseHTTPRequestHandler):
+    """Serves one model; refuses `structured_outputs` as servers do that do not know it."""
+
+    asked: list[dict] = []
+
+    def do_GET(self):
+        self._answer(200, {"object": "list", "data": [{"id": "plain", "object": "model"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body)
+        if "structured_outputs" in body:
+            return self._answer(400, {"error": {"message": "unknown field structured_outputs"}})
+        choice = {"index": 0, "message": {"role": "assistant", "content": "def score(W):"}, "finish_reason": "length"}
+        usage = {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11}
+        self._answer(200, {"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage})
+
+    def _answer(self, status, data):
+        text = json.dumps(data).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    NoGrammar.asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), NoGrammar)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+def test_a_server_without_grammars_is_told_in_words(server):
+    generator = OpenAIGenerator(server, "plain")
+    request = Request((("system", "You prune."), ("user", "Write.")), 1, 0.9, 50, 'root ::= "x"', brief="Only lines.")
+    (answers,) = generator.generate([request])
+    assert [(a.text, a.finish_reason, a.completion_tokens) for a in answers] == [("def score(W):", "length", 4)]
+    first, second = NoGrammar.asked
+    assert first["structured_outputs"] == {"grammar": 'root ::= "x"'}
+    assert [m["content"] for m in first["messages"]] == ["You prune.", "Write."]
+    assert [m["content"] for m in second["messages"]] == ["You prune.\n\nOnly lines.", "Write."]
+    generator.generate([request])  # the refusal is remembered
+    assert len(NoGrammar.asked) == 3 and "structured_outputs" not in NoGrammar.asked[-1]
+    generator.stop()
