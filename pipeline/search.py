@@ -112,7 +112,7 @@ class Search:
 
     def run(self) -> None:
         """Seeds, then generations; a checkpoint after each."""
-        self._restore()
+        self.restore()
         if self._done < 0:
             self._commit(0, [seed(text) for text in self.config.search.seeds])
             if not self.lineage.evaluated():
@@ -151,14 +151,14 @@ class Search:
         """Ask until there are enough algorithms that nobody wrote before, or the rounds are used up."""
         plan, candidates, fresh = self.config.search, [], 0
         for round_ in range(plan.rounds):
-            slots = self._slots(generation, round_)
+            slots = self.slots(generation, round_)
             answers = self._ask(generation, round_, slots)
             written = []
             # The first answer to each prompt, then the second, …: no prompt's answers crowd out another's.
             pairs = [[(slot, answer) for answer in texts] for slot, texts in zip(slots, answers, strict=True)]
             for slot, answer in filter(None, itertools.chain(*itertools.zip_longest(*pairs))):
                 index = len(candidates) + len(written)
-                written.append(self._read(f"g{generation:02d}-c{index:02d}", generation, slot, answer))
+                written.append(self.read(f"g{generation:02d}-c{index:02d}", generation, slot, answer))
             self._probe(written, candidates)
             candidates += written
             fresh = sum(c.status == "proposed" for c in candidates)
@@ -167,7 +167,7 @@ class Search:
         self.progress.say(f"generation {generation}: {len(candidates)} answers, {fresh} new algorithms")
         return candidates
 
-    def _slots(self, generation: int, round_: int) -> list[Slot]:
+    def slots(self, generation: int, round_: int) -> list[Slot]:
         """The prompts of one round: who are the parents, and what is asked."""
         plan = self.config.search
         rng = random.Random(f"{self.config.seed}/{generation}/{round_}")
@@ -199,23 +199,28 @@ class Search:
         # Such a server may refuse the grammar and be told in words.
         return room - len(brief(self.config.search.allocation == "written")) if writer.kind == "openai" else room
 
+    def request(self, slot: Slot, count: int, round_: int, offset: int) -> Request:
+        """What the generator is asked for `count` answers. offset: see `Request`."""
+        writer = self.config.generator
+        return Request(
+            slot.messages,
+            n=count,
+            temperature=writer.temperature + writer.heat * round_,
+            max_tokens=writer.max_tokens,
+            grammar=answer_grammar(parts=slot.parts, statistics=self.config.search.statistics),
+            brief=brief("allocate" in slot.parts),
+            offset=offset,
+        )
+
     def _ask(self, generation: int, round_: int, slots: list[Slot]) -> list[list[Answer]]:
         """Answers per slot, from the journal where it has them."""
         record = self._answers.get((generation, round_))
         if record is None:
-            plan, writer = self.config.search, self.config.generator
+            plan = self.config.search
             share, extra = divmod(plan.answers, plan.prompts)
             counts = [share + (index < extra) for index in range(plan.prompts)]
             requests = [
-                Request(
-                    slot.messages,
-                    n=count,
-                    temperature=writer.temperature + writer.heat * round_,
-                    max_tokens=writer.max_tokens,
-                    grammar=answer_grammar(parts=slot.parts, statistics=plan.statistics),
-                    brief=brief("allocate" in slot.parts),
-                    offset=self.spent.answers + sum(counts[:index]),
-                )
+                self.request(slot, count, round_, self.spent.answers + sum(counts[:index]))
                 for index, (slot, count) in enumerate(zip(slots, counts, strict=True))
             ]
             began = time.monotonic()
@@ -236,7 +241,7 @@ class Search:
             self.spent.completion_tokens += sum(answer.completion_tokens for answer in texts)
         return answers
 
-    def _read(self, name: str, generation: int, slot: Slot, answer: Answer) -> Candidate:
+    def read(self, name: str, generation: int, slot: Slot, answer: Answer) -> Candidate:
         """An answer as a candidate; one that cannot be read is invalid, with the reason."""
         prompt = "\n\n".join(f"[{role}]\n{text}" for role, text in slot.messages)
         candidate = Candidate(name, generation, slot.operator, slot.parents, prompt=prompt, answer=answer.text)
@@ -340,7 +345,7 @@ class Search:
         save_checkpoint(self.folder / CHECKPOINT, generation, {"lineage.json": lineage, "spent.json": spent})
         write_atomic(self.folder / "lineage.json", lineage)
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
         """Take up the newest valid checkpoint; the journal then answers for what came after it."""
         loaded = load_checkpoint(self.folder / CHECKPOINT)
         if loaded is None:

@@ -193,13 +193,13 @@ def test_allocations_are_written_where_that_is_asked_for(tmp_path, fresh):
 def test_an_answer_that_was_cut_is_mended_or_refused(tmp_path, fresh):
     search = local_search(tmp_path, fresh)
     search.run()
-    (slot,) = search._slots(1, 0)[:1]
+    (slot,) = search.slots(1, 0)[:1]
     whole = "def score(W, x_norm):\n    m0 = W.abs() * x_norm\n    m1 = m0 * 2"
     for parts, text, status, error in (
         (("score",), whole, "proposed", None),
         (("score",), whole[:24], "invalid", "the answer was cut"),
         (("allocation",), "Diagnosis: x\nAllocation: sdsa tau=1", "invalid", "the answer was cut"),
     ):
-        candidate = search._read("c", 1, replace(slot, parts=parts), Answer(text, finish_reason="length"))
+        candidate = search.read("c", 1, replace(slot, parts=parts), Answer(text, finish_reason="length"))
         assert candidate.status == status and (candidate.error or "").startswith(error or "")
         assert candidate.salvaged == (("cut", "no return") if error is None else ())
