@@ -142,7 +142,8 @@ def page() -> str:
         "## What a search writes",
         "",
         "A model that decodes under the grammar writes this language with names that tell types: `m0` a matrix, `r0` "
-        "a row, `c0` a column. A line may name only what stands above it, so every answer can be run. Some of its "
+        "a row, `c0` a column, and in an allocation `u0` one number per unit. "
+        "A line may name only what stands above it, so every answer can be run. Some of its "
         "rules, as they hold when one matrix and one row have been defined:",
         "",
         *(f"    {line}" for line in _excerpt()),

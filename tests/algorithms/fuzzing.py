@@ -29,6 +29,14 @@ from autoprune.algorithms.scores import BASELINES
 from autoprune.algorithms.vocabulary import STATISTICS, SUMMARIES
 from autoprune.algorithms.written import WRITTEN_ALLOCATIONS
 
+# Whole answers of models: under the grammar, and as they come without it.
+ANSWERS = (
+    "Diagnosis: rows differ\nHypothesis: their means tell how\nGroup: matrix\ndef allocate(profile, sparsity):\n"
+    "    u0 = profile.skewness.abs().softmax(dim=0)\n    return 1 + tune(0.5, 0.1, 2) * u0\ndef score(W, x_norm):\n"
+    "    m0 = W.abs() * x_norm\n    c0 = (m0 @ x_norm)[:, None]\n    return m0 / (c0 + 1e-6)",
+    "Sure!\n\n**Diagnosis:** none\n- Allocation: sdsa tau=1 m=0.5\n```python\nimport torch\n\ndef score(W, x_norm):\n"
+    '    """Doc."""\n    m = torch.abs(W) * x_norm[None, :]  # why\n    m * 2\n```\nThat is it.',
+)
 CORPUS = Path(__file__).with_name("fuzz_corpus.txt")  # sources that once broke a promise, between lines of ----
 SECONDS = 1.0  # of processor time, for one source
 PIECES = (
@@ -44,7 +52,7 @@ def seeds() -> list[str]:
     """Valid programs, those that were refused for a reason, and what broke something before."""
     broken = CORPUS.read_text().split("\n----\n") if CORPUS.exists() else []
     hostile = [source for source, _ in HOSTILE.values() if len(source) < 2000]
-    return [b.source for b in BASELINES.values()] + list(WRITTEN_ALLOCATIONS.values()) + hostile + broken
+    return [b.source for b in BASELINES.values()] + [*WRITTEN_ALLOCATIONS.values(), *ANSWERS, *hostile, *broken]
 
 
 def mutated(source: random.Random, text: str, others: list[str]) -> str:
@@ -106,12 +114,15 @@ def broken_promise(text: str, watch: Watch, outcomes: Counter) -> str | None:
                 return f"the refusal is not one line: {refusal}"
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-        try:
-            parse_answer(text)
-        except LanguageError:
-            pass
-        except Exception as error:
-            return f"as an answer: {type(error).__name__}: {error}"
+        for cut in (False, True):
+            try:
+                salvaged = parse_answer(text, statistics=tuple(STATISTICS), allocates=True, cut=cut)
+                outcomes["salvaged"] += bool(salvaged.salvaged)
+                probe(salvaged.algorithm, 0.6)
+            except LanguageError:
+                pass
+            except Exception as error:
+                return f"as an answer: {type(error).__name__}: {error}"
     if seen:
         return f"it touched {seen[:3]}"
     if time.thread_time() - began > SECONDS:
