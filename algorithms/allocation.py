@@ -93,7 +93,7 @@ def allocate(allocation: Allocation, profiles: Sequence[BlockProfile], sparsity:
     - `uniform`: r_u = R.
     - `sdsa`, our reconstruction of the Skew-aware Dynamic Sparsity Allocation of arXiv 2511.15390, whose details are
       not public: r_u ∝ (((1 − m) + m·U·p_u)·(1 + depth·(1 − b_u/(B − 1))))^e, p = softmax(ln γ / tau), γ the skewness
-      of |W|, e = (sparsity/R)/1.5, which is 1 at 60%, and at most 2.
+      of |W|, at most 1.75 times its median over the units, e = (sparsity/R)/1.5, which is 1 at 60%, and at most 2.
     - `owl` (Outlier Weighed Layerwise sparsity, arXiv 2310.05175): r_u = band_u − mean(band) + R,
       band = 2·lam·minmax(z), z the outlier share.
     - `dlp` (Dynamic Layerwise Pruning, arXiv 2505.23807): as `owl` with alpha for lam, z = 1 − I/ΣI, I the mean of the

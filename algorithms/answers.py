@@ -1,7 +1,8 @@
 """A language model's whole answer: thoughts, group, allocation and functions, also where it is less than orderly.
 
 Under a grammar an answer is whole unless it was cut at the token limit. Without one, code stands in fences, between
-prose, without its return: what can be used is used, and `Proposal.salvaged` says what had to be mended.
+prose, without its return: what can be used is used, and `Proposal.salvaged` says what had to be mended. Nothing of an
+answer is run here: whether it is worth anything is for the probe to say, in an evaluator.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from autoprune.algorithms.algorithm import GROUPS, Algorithm, Allocation
-from autoprune.algorithms.cost import dry_run
-from autoprune.algorithms.language import parse, parse_allocation
-from autoprune.algorithms.reader import FORMS, NotPythonError, canonical, functions
+from autoprune.algorithms.grammar import PARTS
+from autoprune.algorithms.language import parse
+from autoprune.algorithms.reader import FORMS, NotPythonError, canonical, python
 from autoprune.algorithms.rules import DEFAULTS
 from autoprune.algorithms.translator import LanguageError
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS
@@ -24,15 +25,24 @@ from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS
 SDSA_BOUNDS = {"tau": (0.1, 4.0), "m": (0.0, 0.95), "depth": (0.0, 0.9)}
 SDSA = Allocation("sdsa", dict(DEFAULTS["sdsa"]))
 
+NOBODY = Algorithm("", "row", SDSA)  # the parent of an answer that must say everything
+
 MAX_THOUGHT = 400  # characters of a diagnosis or hypothesis
-MAX_CUT = 20  # lines that are given up to find the last whole statement
+MAX_ANSWER = 100_000  # characters
+MAX_DEFINITIONS = 16  # functions that are looked at
+MAX_LINES = 400  # of a function
+MAX_CUT = 5  # lines that are given up to find the last whole statement
 
 # What an answer may need. fences: code in ``` lines; prose: lines that are none of the form's; cut: the tail was given
-# up, back to the last whole statement; no return: the last value of a fitting shape is returned.
+# up, back to the last whole statement; no return: the last expression, or the last local, is returned.
 SALVAGES = ("fences", "prose", "cut", "no return")
+# Locals that are no score, whatever they are made of.
+REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "std", "var", "norm", "quantile", "median"})
 
-_LABEL = r"^[^\w\n]*{name}[*_ \t]*:[*_ \t]*(.*)$"
+# A label at the beginning of a line; markup and a number may stand before it.
+_LABEL = r"^(?:[^\w\n]|\d+[.)])*{name}[*_ \t]*:[*_ \t]*(.*)$"
 _LABELS = ("Diagnosis", "Hypothesis", "Group", "Allocation")
+CUT = "the answer was cut before a statement of the function ended; write less"
 
 
 @dataclass(frozen=True)
@@ -48,21 +58,38 @@ class Proposal:
     salvaged: tuple[str, ...] = ()
 
 
-def _line(text: str, name: str) -> str:
+@dataclass(frozen=True)
+class _Definition:
+    """A function as it stands in an answer. last: nothing follows it."""
+
+    name: str
+    source: str
+    last: bool
+
+
+def _label(text: str, name: str) -> str:
     """What stands after `name:`, at its last occurrence at the beginning of a line; markup around it is dropped."""
     found = re.findall(_LABEL.format(name=name), text, re.IGNORECASE | re.MULTILINE)
     return found[-1].strip() if found else ""
 
 
 def _thought(text: str, name: str) -> str:
-    printable = "".join(character if character.isprintable() else " " for character in _line(text, name))
+    printable = "".join(character if character.isprintable() else " " for character in _label(text, name))
     return " ".join(printable.split())[:MAX_THOUGHT]
+
+
+def _group(line: str, default: str) -> str:
+    found = re.search(rf"\b({'|'.join(GROUPS)})s?\b", line.lower())
+    if line and not found:
+        raise LanguageError(f"the group is '{line[:80]}', expected {' or '.join(GROUPS)}")
+    return found[1] if found else default
 
 
 def _allocation(line: str, default: Allocation) -> Allocation:
     if not line:
         return default
-    name, *settings = re.sub(r"[`*,]", " ", line).split() or [""]
+    plain = re.sub(r"[`*,()]", " ", line.partition("#")[0]).lower().strip().rstrip(".")
+    name, *settings = re.sub(r"\s*=\s*", "=", plain).split() or [""]
     if name == "uniform" and not settings:
         return Allocation("uniform")
     parameters = dict(SDSA.parameters)
@@ -79,148 +106,190 @@ def _allocation(line: str, default: Allocation) -> Allocation:
     return Allocation("sdsa", parameters)
 
 
-def _extent(lines: list[str]) -> int:
-    """How many of the lines are the function that begins with the first of them."""
+def _extent(lines: Sequence[str]) -> int:
+    """How many of the lines are the function that begins with the first of them: what Python says, if what stands
+    there up to the next fence is Python; otherwise up to a line that is not indented."""
+    fence = next((i for i, line in enumerate(lines) if line.lstrip().startswith("```")), len(lines))
+    try:
+        function = python(textwrap.dedent("\n".join(lines[:fence]))).body[0]
+    except LanguageError:
+        pass
+    else:
+        return function.end_lineno
     indent = len(lines[0]) - len(lines[0].lstrip())
     open_brackets = 0
-    for count, line in enumerate(lines):
-        outside = line.strip() and len(line) - len(line.lstrip()) <= indent and open_brackets <= 0
-        if count > 0 and (outside or line.lstrip().startswith("```")):
+    for count, line in enumerate(lines[:fence]):
+        code = line.partition("#")[0]
+        if count > 0 and code.strip() and len(code) - len(code.lstrip()) <= indent and open_brackets <= 0:
             return count
-        open_brackets += len(re.findall(r"[(\[{]", line)) - len(re.findall(r"[)\]}]", line))
-    return len(lines)
+        open_brackets += len(re.findall(r"[(\[{]", code)) - len(re.findall(r"[)\]}]", code))
+    return fence
 
 
-def _split(text: str) -> tuple[str, dict[str, str], list[str], bool]:
-    """An answer's head, above its functions; the first function of each name; what needed salvage; and whether the
-    last of these functions runs to the end of the text."""
-    lines, found, at_end = text.split("\n"), {}, False
-    head, rest, index = [], [], 0
+def _split(text: str) -> tuple[str, list[_Definition], list[str]]:
+    """An answer's lines outside of functions, its functions, and which of "fences" and "prose" it has."""
+    lines, outside, found, index = text.rstrip().split("\n"), [], [], 0
     while index < len(lines):
         match = re.match(r"[ \t]*def[ \t]+(score|allocate)\b", lines[index])
-        if match is None or match[1] in found:
-            (rest if found else head).append(lines[index])
+        if match is None or len(found) == MAX_DEFINITIONS:
+            outside.append(lines[index])
             index += 1
             continue
-        count = _extent(lines[index:])
-        found[match[1]] = textwrap.dedent("\n".join(lines[index : index + count]))
+        count = _extent(lines[index : index + MAX_LINES])
+        source = textwrap.dedent("\n".join(lines[index : index + count]))
         index += count
-        at_end = index == len(lines)
-    salvaged = []
-    fences = [line for line in lines if line.lstrip().startswith("```")]
-    if fences:
-        salvaged.append("fences")
-    labels = _LABEL.format(name=f"(?:{'|'.join(_LABELS)})")
-    others = [line for line in head if not re.match(labels, line, re.IGNORECASE)] + rest
-    if any(line.strip() not in ("", "import torch") and line not in fences for line in others):
-        salvaged.append("prose")
-    return "\n".join(head), found, salvaged, at_end
+        found.append(_Definition(match[1], source, index == len(lines)))
+    fences = [line for line in outside if line.lstrip().startswith("```")]
+    form = re.compile(_LABEL.format(name=f"(?:{'|'.join(_LABELS)})"), re.IGNORECASE)
+    others = [line for line in outside if not form.match(line) and line not in fences]
+    prose = any(line.strip() not in ("", "import torch") for line in others)
+    return "\n".join(outside), found, ["fences"] * bool(fences) + ["prose"] * prose
 
 
-def _returning(function: ast.FunctionDef) -> Iterator[str]:
-    """The function's source with a return at its end: of its last expression, else of each local, the last first."""
-    *before, last = function.body
-    if isinstance(last, ast.Expr):
-        values = [last.value]
-    else:
-        before, stored = function.body, [n.targets[0] for n in function.body if isinstance(n, ast.Assign)]
-        names = [target.id for target in reversed(stored) if isinstance(target, ast.Name)]
-        values = [ast.Name(name, ast.Load()) for name in dict.fromkeys(names)]
-    for value in values:
-        function.body = [*before, ast.Return(value)]
-        yield ast.unparse(ast.fix_missing_locations(function))
+def _parsed(lines: list[str], name: str) -> ast.FunctionDef:
+    body = python("\n".join(lines)).body
+    if len(body) != 1 or not isinstance(body[0], ast.FunctionDef) or body[0].name != name:
+        raise LanguageError(f"expected `{FORMS[name]}` and nothing beside it")
+    return body[0]
 
 
-def _whole(function: ast.FunctionDef) -> ast.FunctionDef | None:
-    """Without what cutting left of a last statement, such as `retu`; None where nothing is left."""
-    while function.body:
-        match function.body[-1]:
-            case ast.Return(value=None) | ast.Expr(value=ast.Name() | ast.Constant() | ast.Attribute()):
-                function.body.pop()
-            case _:
-                return function
-    return None
-
-
-def _mended(source: str, name: str, at_end: bool, cut: bool) -> tuple[str, list[str]]:
-    """The canonical text of a function, and what it needed. Raises LanguageError."""
-    salvaged: list[str] = []
-    lines = source.rstrip().split("\n")
-    if cut and not source.endswith("\n"):  # whether the last line is whole cannot be known
-        lines, salvaged = lines[:-1], ["cut"]
-    function, limit = None, max(0, len(lines) - MAX_CUT)
-    while function is None:
+def _whole(lines: list[str], name: str, last: bool) -> tuple[ast.FunctionDef, bool]:
+    """The function in these lines, and whether its tail had to be given up because the answer ended in it."""
+    error, left, returned = None, list(lines), False
+    for given_up in range(MAX_CUT if last else 1):
+        if not left:
+            break
         try:
-            if not lines:
-                raise NotPythonError("nothing is left")
-            function = next(one for one in functions("\n".join(lines)) if one.name == name)
-        except NotPythonError:
-            if not at_end:
-                raise
-            if len(lines) <= limit:
-                raise LanguageError("the answer was cut before a statement of the function ended; write less") from None
-            lines, salvaged = lines[:-1], ["cut"]
-    if at_end:
+            function = _parsed(left, name)
+        except NotPythonError as refusal:
+            error = error or refusal
+            if returned:  # what is wrong stands above a whole line with the return: a slip, not a cut
+                raise error from None
+            returned = left.pop().lstrip().startswith("return")
+            continue
         count = len(function.body)
-        function = _whole(function)
-        if function is None:
-            raise LanguageError("the answer was cut before a statement of the function ended; write less")
-        if len(function.body) < count:
-            salvaged = ["cut"]
+        while last and function.body and _is_stump(function.body[-1], _locals(function)):
+            function.body.pop()
+        if not function.body:
+            break
+        return function, given_up > 0 or len(function.body) < count
+    raise LanguageError(CUT) if last else error
+
+
+def _locals(function: ast.FunctionDef) -> dict[str, ast.expr]:
+    """What each local is assigned at last, in the order of these assignments; loops are passed over."""
+    found: dict[str, ast.expr] = {}
+    for node in function.body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                pass
+            case ast.AugAssign(target=ast.Name(id=name), value=value):
+                pass
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                pass
+            case _:
+                continue
+        found.pop(name, None)
+        found[name] = value
+    return found
+
+
+def _is_stump(node: ast.stmt, known: Collection[str]) -> bool:
+    """Whether a last statement is what cutting leaves of one, such as `retu`."""
+    match node:
+        case ast.Return(value=None) | ast.Expr(value=ast.Constant() | ast.Attribute()):
+            return True
+        case ast.Expr(value=ast.Name(id=name)):
+            return name not in known
+    return False
+
+
+def _returning(lines: list[str], function: ast.FunctionDef) -> str:
+    """The function's text up to its last statement, and a return: of that expression, or of the last local that is not
+    a reduction."""
+    last = function.body[-1]
+    lines = lines[: last.end_lineno]
+    if isinstance(last, ast.Expr):
+        line = lines[last.lineno - 1].encode()
+        line = line[: last.col_offset] + b"return " + line[last.col_offset :]
+        return "\n".join([*lines[: last.lineno - 1], line.decode(), *lines[last.lineno :]])
+    found = _locals(function)
+    if not found:
+        raise LanguageError(f"{function.name} must end with its only return")
+
+    def reduces(value: ast.expr) -> bool:
+        return isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in REDUCTIONS
+
+    name = next((name for name in reversed(found) if not reduces(found[name])), list(found)[-1])
+    if last.lineno == function.lineno:
+        return "\n".join(lines) + f"; return {name}"
+    return "\n".join([*lines, " " * function.body[0].col_offset + f"return {name}"])
+
+
+def _mended(definition: _Definition, cut: bool) -> tuple[str, list[str]]:
+    """The canonical text of a function, and what it needed. cut: its last line is not known to be whole."""
+    name, lines = definition.name, definition.source.split("\n")
+    if cut:
+        lines.pop()
+    function, trimmed = _whole(lines, name, definition.last)
+    salvaged = ["cut"] * (cut or trimmed)
     if isinstance(function.body[-1], ast.Return):
-        return canonical(ast.unparse(function) if salvaged else source)[name].text, salvaged
-    error = LanguageError(f"{name} must end with its only return")
-    for text in _returning(function):
+        return canonical("\n".join(lines[: function.body[-1].end_lineno]))[name].text, salvaged
+    return canonical(_returning(lines, function))[name].text, [*salvaged, "no return"]
+
+
+def _read(name: str, definitions: list[_Definition], cut: bool) -> tuple[str, list[str]]:
+    """The last function of the name that can be read: what stands before it was quoted or thought better of."""
+    error = LanguageError(f"the answer holds no line `{FORMS[name]}`; it was cut, or the function never written")
+    for place, definition in enumerate(reversed([d for d in definitions if d.name == name])):
         try:
-            if name == "score":
-                dry_run(parse(text))
-            return canonical(text)[name].text, [*salvaged, "no return"]
+            return _mended(definition, cut and definition.last)
         except LanguageError as refusal:
-            error = refusal
+            error = refusal if place == 0 else error
     raise error
 
 
 def parse_answer(
     text: str,
-    group: str = "row",
-    allocation: Allocation = SDSA,
+    parts: Collection[str] = PARTS,
+    parent: Algorithm = NOBODY,
     statistics: Collection[str] = DEFAULT_STATISTICS,
-    allocates: bool = False,
     cut: bool = False,
 ) -> Proposal:
     """Read an answer of the form that `grammar.answer_grammar` enforces, and less orderly ones.
 
-    Code fences, markup, and prose before and after are skipped; the thoughts may be missing; group and allocation are
-    what holds where the answer names none. Of several functions of one name the first counts. A function without a
-    return returns its last expression, or the last local that can be a score; one that was cut ends with its last
-    whole statement. statistics: those that the score may read; one that is only listed as a parameter does no harm.
-    allocates: a function `allocate(profile, sparsity)` is the allocation; otherwise it is passed over. cut: the answer
-    ended at the token limit.
-    Raises LanguageError where there is no score, where nothing of it is left, where it is outside the language, or
+    parts: what is asked for (see `grammar`); anything else is the parent's, whatever the answer says of it, as are
+    group and allocation where it says nothing. A part that is asked for alone must be there, and so must a score.
+    Code fences, markup, thinking and prose are skipped; the thoughts may be missing. Of several functions of one name
+    the last that can be read counts. A function without a return returns its last expression, or its last local that
+    is not a reduction; one that was cut ends with its last whole statement. statistics: those that the score may read;
+    one that is only listed as a parameter does no harm. cut: the answer ended at the token limit.
+    Raises LanguageError where a part is missing, where nothing of it is left, where it is outside the language, or
     where it reads a statistic that is not offered.
     """
-    head, found, salvaged, at_end = _split(text.replace("\r\n", "\n"))
-    if "score" not in found:
-        raise LanguageError("the answer holds no line `def score(W, …):`; it was cut, or the function never written")
-    texts: dict[str, str] = {}
-    for name in FORMS:
-        if name in found and (name == "score" or allocates):
-            last = at_end and name == list(found)[-1]
-            texts[name], mended = _mended(found[name], name, last, cut and last)
-            salvaged += mended
-    program = parse(texts["score"])
-    missing = [name for name in program.reads if name not in statistics]
-    if missing:
-        offered = ", ".join(("W", *statistics))
-        raise LanguageError(f"the score reads {', '.join(missing)}: not offered here; offered are {offered}")
-    named = _line(head, "Group")
-    match = re.search(rf"\b({'|'.join(GROUPS)})\b", named.lower())
-    if named and not match:
-        raise LanguageError(f"the group is '{named[:80]}', expected {' or '.join(GROUPS)}")
-    if "allocate" in texts:
-        chosen = Allocation("written", source=parse_allocation(texts["allocate"]).source)
-    else:
-        chosen = _allocation(_line(head, "Allocation"), allocation)
-    algorithm = Algorithm(program.source, match[1] if match else group, chosen)
+    if len(text) > MAX_ANSWER:
+        raise LanguageError(f"the answer has {len(text)} characters, at most {MAX_ANSWER} are read")
+    text = re.sub(r"<think>.*?</think>", "", text.replace("\r\n", "\n").replace("\r", "\n"), flags=re.DOTALL)
+    outside, definitions, salvaged = _split(text)
+    cut = cut and not text.endswith("\n")
+    algorithm = parent
+    if "score" in parts:
+        score, mended = _read("score", definitions, cut)
+        missing = [name for name in parse(score).reads if name not in statistics]
+        if missing:
+            offered = ", ".join(("W", *statistics))
+            raise LanguageError(f"the score reads {', '.join(missing)}: not offered here; offered are {offered}")
+        algorithm, salvaged = replace(algorithm, score=score), salvaged + mended
+    if "group" in parts:
+        algorithm = replace(algorithm, group=_group(_label(outside, "Group"), parent.group))
+    if "allocate" in parts and (len(parts) == 1 or any(d.name == "allocate" for d in definitions)):
+        source, mended = _read("allocate", definitions, cut)
+        algorithm, salvaged = replace(algorithm, allocation=Allocation("written", source=source)), salvaged + mended
+    if "allocation" in parts:
+        line = _label(outside, "Allocation")
+        if len(parts) == 1 and (cut or not line):
+            reason = "it was cut at the token limit" if cut else "expected one such as `Allocation: sdsa tau=1 m=0.6`"
+            raise LanguageError(f"the answer holds no whole allocation: {reason}")
+        algorithm = replace(algorithm, allocation=_allocation(line, parent.allocation))
     kinds = tuple(kind for kind in SALVAGES if kind in salvaged)
-    return Proposal(_thought(head, "Diagnosis"), _thought(head, "Hypothesis"), algorithm, kinds)
+    return Proposal(_thought(outside, "Diagnosis"), _thought(outside, "Hypothesis"), algorithm, kinds)

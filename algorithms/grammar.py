@@ -27,13 +27,10 @@ DEPTHS = tuple(i / 10 for i in range(9))
 FACTORS = (0.1, 0.25, 0.5, 0.75, 2, 3)
 EXPONENTS = (0.25, 0.5, 0.75, 1.5, 2)
 SHARES = (0.5, 0.9, 0.99)
-# Numbers that ask to be tuned, as (value, low, high).
-TUNED_FACTORS = ((0.5, 0.1, 2), (2, 1, 8))
-TUNED_EXPONENTS = ((0.5, 0.1, 2),)
 
 # Types that a local of a score may have.
 LOCALS = "mrc"
-# What an allocation returns: above 0, whatever the operand is.
+# What an allocation returns: above 0, whatever the operand is, short of an overflow.
 RETENTIONS = (
     "1 + {k} * {u}",
     "1 / ({u} + {k})",
@@ -111,9 +108,8 @@ FACTORED = {result: tuple(t for t in OTHERS[result] if re.fullmatch(r"\{\w\} \*\
 SCORES = tuple(text for text in OTHERS["m"] if set(_placeholders(text)[1:]) - {"s"})
 
 
-def _choice(values: tuple[float, ...], tuned: tuple[tuple[float, float, float], ...] = ()) -> Alternatives:
-    marked = [f"tune({value:g}, {low:g}, {high:g})" for value, low, high in tuned]
-    return tuple((text,) for text in [*(f"{value:g}" for value in values), *marked])
+def _choice(values: tuple[float, ...]) -> Alternatives:
+    return tuple((f"{value:g}",) for value in values)
 
 
 # Of an algorithm. The allocation is either SDSA's parameters or, as "allocate", a function.
@@ -137,8 +133,8 @@ def _shared_rules(max_locals: int, parts: tuple[str, ...], statistics: tuple[str
         "tau": _choice(TAUS),
         "slack": _choice(SLACKS),
         "depth": _choice(DEPTHS),
-        "k": _choice(FACTORS, TUNED_FACTORS),
-        "e": _choice(EXPONENTS, TUNED_EXPONENTS),
+        "k": _choice(FACTORS),
+        "e": _choice(EXPONENTS),
         "q": _choice(SHARES),
     }
     for kind, count in itertools.product(LOCALS, range(max_locals + 1)):

@@ -16,6 +16,7 @@ from autoprune.algorithms.vocabulary import STATISTICS, SUMMARIES
 MAX_SOURCE = 10_000  # characters
 MAX_DEPTH = 40  # of the syntax tree; keeps every recursion below far from the interpreter's limit
 MAX_NODES = 1_000
+MAX_BITS = 64  # of an integer
 # Where a source is said to stand: for some errors Python opens the file of that name, to show a line of it. No file can
 # have this name.
 NOWHERE = f"{os.devnull}/candidate"
@@ -79,8 +80,11 @@ def _imports_torch(node: ast.stmt) -> bool:
     return isinstance(node, ast.Import) and [(alias.name, alias.asname) for alias in node.names] == [("torch", None)]
 
 
-def functions(source: str) -> list[ast.FunctionDef]:
-    """The syntax of the source's functions, within bounds, otherwise unchecked. Raises LanguageError."""
+def python(source: str) -> ast.Module:
+    """The syntax of any Python, within bounds that keep everything that walks it fast.
+
+    Raises NotPythonError, or LanguageError where a bound is passed.
+    """
     if len(source) > MAX_SOURCE:
         raise LanguageError(f"the source has {len(source)} characters, at most {MAX_SOURCE} are read")
     try:
@@ -94,7 +98,17 @@ def functions(source: str) -> list[ast.FunctionDef]:
         nodes, depth = nodes + len(level), depth + 1
         if nodes > MAX_NODES or depth > MAX_DEPTH:
             raise LanguageError(f"the source is too large: at most {MAX_NODES} nodes, nested {MAX_DEPTH} deep")
+        for node in level:
+            # Python refuses to write out integers of thousands of digits, which any message about them would do.
+            if isinstance(node, ast.Constant) and isinstance(node.value, int) and node.value.bit_length() > MAX_BITS:
+                raise refuse(node, "the integer is too large")
         level = [child for node in level for child in ast.iter_child_nodes(node)]
+    return module
+
+
+def _functions(source: str) -> list[ast.FunctionDef]:
+    """The syntax of the source's functions, otherwise unchecked."""
+    module = python(source)
     body = [node for node in module.body if not _imports_torch(node)]
     names = [node.name for node in body if isinstance(node, ast.FunctionDef)]
     if not body or len(names) < len(body) or not set(names) <= FORMS.keys() or len(set(names)) < len(names):
@@ -126,7 +140,7 @@ def canonical(source: str) -> dict[str, Function]:
 
     Raises LanguageError for everything outside the language.
     """
-    found = {function.name: _canonical(function) for function in functions(source)}
+    found = {function.name: _canonical(function) for function in _functions(source)}
     return {name: found[name] for name in FORMS if name in found}
 
 

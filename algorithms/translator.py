@@ -56,6 +56,8 @@ class Translator:
         match node:
             case ast.Assign(targets=[ast.Name() as target], value=value):
                 return self.assignment(target, self.expression(value))
+            case ast.AnnAssign(target=ast.Name() as target, value=ast.expr() as value):
+                return self.assignment(target, self.expression(value))
             case ast.AugAssign(target=ast.Name() as target, op=op, value=value):
                 # Written out, so that a local that shares W's memory is never changed in place.
                 left = self.expression(ast.copy_location(ast.Name(target.id, ast.Load()), target))

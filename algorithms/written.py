@@ -11,7 +11,8 @@ def allocate(profile, sparsity):
 
 SDSA = """\
 def allocate(profile, sparsity):
-    p = profile.skewness.clamp(min=0.05).log().softmax(dim=0)
+    g = profile.skewness.clamp(min=0.05)
+    p = g.clamp(max=1.75 * g.median(dim=0)).log().softmax(dim=0)
     share = 0.4 + 0.6 * p / p.mean()
     odds = sparsity / (1 - sparsity) / 1.5
     e = torch.minimum(odds + 0 * p, 2 + 0 * p)

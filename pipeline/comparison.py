@@ -19,14 +19,16 @@ import torch
 import yaml
 
 from autoprune.algorithms.algorithm import UPDATES, Algorithm, Group
-from autoprune.algorithms.rules import RANGES
+from autoprune.algorithms.rules import RANGES, REVISIONS
 from autoprune.algorithms.scores import BASELINES, NATIVE
 from autoprune.algorithms.tuning import MOST_EVALUATIONS
 from autoprune.models.errors import InputError
 from autoprune.pipeline.config import DTYPES, Data, Tracking, check_data, check_name, one_of, plain, read_config
 from autoprune.pipeline.population import baseline, read_allocation
 
-SCHEMA = 2  # of a cell's file and key: raise it when the meaning of a figure changes, and everything is measured anew
+# Of a cell's file and key: raise it when the meaning of a figure changes, and everything is measured anew. Where only an
+# allocation changed: REVISIONS.
+SCHEMA = 2
 TUNED = ":tuned"  # behind an allocation: its parameters are sought on the fitness split
 DENSE = "dense"
 
@@ -209,6 +211,9 @@ def cells(config: Comparison, subject: Subject) -> list[Cell]:
             "sparsity": target.share,
             "algorithm": method.algorithm(target).to_dict(),
         }
+        revision = REVISIONS.get(what["algorithm"]["allocation"]["name"])
+        if revision:
+            what |= {"revision": revision}
         if method.tuned:
             what |= {"fitness": fitness, "evaluations": config.evaluations}
         found.append(Cell(subject.model, method, target, what))

@@ -12,7 +12,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +22,6 @@ from autoprune.algorithms.answers import parse_answer
 from autoprune.algorithms.grammar import answer_grammar
 from autoprune.algorithms.manual import brief
 from autoprune.algorithms.translator import LanguageError
-from autoprune.algorithms.vocabulary import STATISTICS
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.checkpoint import Journal, load_checkpoint, save_checkpoint, write_atomic
@@ -179,8 +178,10 @@ class Search:
             written = "allocate" if plan.allocation == "written" else "allocation"
             task, parts = operator, ("group", written, "score")
             if operator == "mutate":
-                # Of the allocation or of the score, in turn: it is then known which made the difference.
-                parts = ("score",) if slots and slots[-1].parts == (written,) else (written,)
+                # Of the allocation or of the score, in turn: it is then known which made the difference. A generation
+                # of one mutation has its turn, too.
+                turn = generation + round_ + sum(slot.operator == "mutate" for slot in slots)
+                parts = ("score",) if turn % 2 else (written,)
                 task = f"mutate {parts[0]}"
             dense = self.evaluator.dense["fitness"].nll
             sparsity = self.config.target.sparsity
@@ -245,27 +246,15 @@ class Search:
         """An answer as a candidate; one that cannot be read is invalid, with the reason."""
         prompt = "\n\n".join(f"[{role}]\n{text}" for role, text in slot.messages)
         candidate = Candidate(name, generation, slot.operator, slot.parents, prompt=prompt, answer=answer.text)
-        cut = answer.finish_reason == "length"
         parent = self.lineage[slot.parents[0]].algorithm
-        text, offered = answer.text, self.config.search.statistics
-        if "score" not in slot.parts:
-            offered = tuple(STATISTICS)  # a seed may read what is not offered, and its children keep its score
-            head, allocate, rest = text.partition("def score")[0].partition("def allocate")
-            text = f"{head.rstrip()}\n{parent.score}\n{allocate}{rest}".rstrip()
-        allocates = "allocate" in slot.parts
+        offered, cut = self.config.search.statistics, answer.finish_reason == "length"
         try:
-            if cut and slot.parts == ("allocation",):
-                raise LanguageError("the answer was cut at the token limit")
-            proposal = parse_answer(text, parent.group, parent.allocation, offered, allocates, cut)
+            proposal = parse_answer(answer.text, slot.parts, parent, offered, cut)
         except LanguageError as error:
             candidate.status, candidate.error = "invalid", str(error)
             return candidate
-        kept = {"group": parent.group, "score": parent.score, "allocation": parent.allocation}
-        if {"allocation", "allocate"} & set(slot.parts):
-            del kept["allocation"]
-        candidate.algorithm = replace(proposal.algorithm, **{p: v for p, v in kept.items() if p not in slot.parts})
+        candidate.algorithm, candidate.salvaged = proposal.algorithm, proposal.salvaged
         candidate.diagnosis, candidate.hypothesis = proposal.diagnosis, proposal.hypothesis
-        candidate.salvaged = proposal.salvaged
         return candidate
 
     def _probe(self, written: list[Candidate], earlier: list[Candidate]) -> None:

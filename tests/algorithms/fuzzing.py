@@ -38,13 +38,14 @@ ANSWERS = (
     '    """Doc."""\n    m = torch.abs(W) * x_norm[None, :]  # why\n    m * 2\n```\nThat is it.',
 )
 CORPUS = Path(__file__).with_name("fuzz_corpus.txt")  # sources that once broke a promise, between lines of ----
+PARTS = ("group", "allocate", "score")
 SECONDS = 1.0  # of processor time, for one source
 PIECES = (
     *BY_NAME, *STATISTICS, *SUMMARIES, "W", "torch", "profile", "sparsity", "tune(1, 0, 2)", "for _ in range(3):",
     "return", "def", "lambda: ", "__class__", "import os", "[None, :]", "[:, None]", "[0]", "[::2]", "(", ")", "[", "]",
     ":", ",", ".", "=", "==", "+", "-", "*", "**", "/", "@", "<", ">", "1", "0", "-1", "1e9", "1e-30", "0.5", "True",
     "None", "dim=1", "dim=0", "keepdim=True", "p=2", "'a'", "\n", "\n    ", "    ", "\t", "#", "\\", "\0",
-    "\u202e", "é",
+    "\u202e", "é", "\x7f", "0x" + "f" * 4000, "f\"{'\x7f'}\"", "# :(", "```", "\ndef score(W):\n    ",
 )  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def broken_promise(text: str, watch: Watch, outcomes: Counter) -> str | None:
             return f"{type(error).__name__}: {error}"
         for cut in (False, True):
             try:
-                salvaged = parse_answer(text, statistics=tuple(STATISTICS), allocates=True, cut=cut)
+                salvaged = parse_answer(text, parts=PARTS, statistics=tuple(STATISTICS), cut=cut)
                 outcomes["salvaged"] += bool(salvaged.salvaged)
                 probe(salvaged.algorithm, 0.6)
             except LanguageError:

@@ -1,10 +1,11 @@
 """A model's whole answer: what is read of it, what is mended, and what is refused with a reason."""
 
+import time
 from dataclasses import replace
 
 import pytest
 
-from autoprune.algorithms.algorithm import Allocation
+from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.algorithms.answers import SALVAGES, SDSA, parse_answer
 from autoprune.algorithms.language import parse
 from autoprune.algorithms.probe import probe
@@ -51,7 +52,7 @@ def test_missing_lines_take_the_given_defaults():
     assert (proposal.diagnosis, proposal.hypothesis) == ("", "")
     assert (proposal.algorithm.group, proposal.algorithm.allocation) == ("row", SDSA)
     parent = Allocation("atp", {"beta": 0.01})
-    algorithm = parse_answer(code, group="matrix", allocation=parent).algorithm
+    algorithm = parse_answer(code, parent=Algorithm("", "matrix", parent)).algorithm
     assert (algorithm.group, algorithm.allocation) == ("matrix", parent)
     assert parse_answer("Allocation: uniform\n" + code).algorithm.allocation == Allocation("uniform")
 
@@ -71,6 +72,7 @@ def test_a_statistic_that_is_a_parameter_only_does_no_harm():
     assert parse_answer(listed) == parse_answer(ANSWER)
 
 
+BOTH = ("group", "allocate", "score")
 # What is left of ANSWER without its last lines.
 SCORE = "def score(W, x_norm):\n    v0 = W.abs() * x_norm\n    return v0"
 
@@ -113,11 +115,113 @@ def test_a_missing_return_is_added(body, score):
     assert "no return" in proposal.salvaged and proposal.algorithm.score == score
 
 
-def test_what_cannot_be_a_score_is_not_returned():
-    with pytest.raises(LanguageError, match="expected float32"):
-        parse_answer("def score(W, x_norm):\n    r0 = x_norm * 2\n")
+def test_a_function_without_a_value_to_return_is_refused():
     with pytest.raises(LanguageError, match="'y' is not defined"):
         parse_answer("def score(W, x_norm):\n    m0 = W * y\n")
+    with pytest.raises(LanguageError, match="must end with its only return"):
+        parse_answer("def score(W, x_norm):\n    for _ in range(3):\n        m0 = W * 2\n")
+
+
+PLAIN = "def score(W, x_norm):\n    return W.abs() * x_norm"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{PLAIN}  # :(\n\n\ndef other(x):\n    pass",
+        PLAIN.replace("\n", "\n# every weight\n"),
+        PLAIN.replace(":\n", ':\n    """Scores,\nat last."""\n'),
+        f"<think>\ndef score(W):\n    return W\n</think>\n{PLAIN}",
+        f"The parent was\n```\ndef score(W):\n    return W\n```\nand mine is\n```python\n{PLAIN}\n```\n",
+        f"def score(W, x_norm) is Wanda's.\n{PLAIN}",
+        PLAIN.replace("\n", "\r"),
+        PLAIN.replace("\n", "\r\n"),
+        PLAIN.replace("    ", "\t"),
+        PLAIN.replace("(W, x_norm)", "(W: torch.Tensor, x_norm: torch.Tensor) -> torch.Tensor"),
+        "def score(W, x_norm): return W.abs() * x_norm",
+        "def score(W, x_norm):\n    m: torch.Tensor = W.abs() * x_norm\n    return m",
+    ],
+)
+def test_what_a_person_would_see_is_seen(text):
+    score = parse_answer(text).algorithm.score.replace("    v0 = W.abs() * x_norm\n    return v0", PLAIN[22:])
+    assert score == PLAIN
+
+
+@pytest.mark.parametrize(
+    "head, group, allocation",
+    [
+        ("1. Group: matrix\n2. Allocation: sdsa tau=2", "matrix", {"tau": 2.0}),
+        ("Group: rows\nAllocation: SDSA tau = 2, m = 0.25.", "row", {"tau": 2.0, "m": 0.25}),
+        ("**Group:** `matrix`\n- *Allocation*: sdsa(tau=2, depth=0)  # less", "matrix", {"tau": 2.0, "depth": 0.0}),
+    ],
+)
+def test_labels_in_many_hands(head, group, allocation):
+    for text in (f"{head}\n{PLAIN}", f"{PLAIN}\n\n{head}"):
+        algorithm = parse_answer(text).algorithm
+        assert (algorithm.group, algorithm.allocation.parameters) == (group, SDSA.parameters | allocation)
+
+
+def test_what_was_not_asked_for_is_the_parent_s_whatever_the_answer_says():
+    parent = Algorithm(SCORE, "matrix", Allocation("owl", {"lam": 0.08}))
+    text = f"Hypothesis: it helps\nGroup: unchanged\nAllocation: owl lam=0.08\n{PLAIN}"
+    assert parse_answer(text, ("score",), parent).algorithm == replace(parent, score=PLAIN)
+    text = "Diagnosis: the def score is fine\nHypothesis: h\nAllocation: sdsa tau=2 m=0.6 depth=0.5"
+    proposal = parse_answer(text, ("allocation",), parent)
+    assert proposal.algorithm == replace(parent, allocation=Allocation("sdsa", {"tau": 2.0, "m": 0.6, "depth": 0.5}))
+    assert (proposal.diagnosis, proposal.hypothesis, proposal.salvaged) == ("the def score is fine", "h", ())
+    written = "Diagnosis: the def allocate is flat\ndef allocate(profile, sparsity):\n    return 2 - profile.depth"
+    for text in (written, f"{PLAIN}\n{written}", f"{written}\n{PLAIN}"):
+        algorithm = parse_answer(text, ("allocate",), parent).algorithm
+        assert algorithm.score == SCORE and "2.0 - profile.depth" in algorithm.allocation.source
+
+
+@pytest.mark.parametrize("parts", [("allocate",), ("allocation",), ("score",), BOTH])
+@pytest.mark.parametrize("text", ["", "I am sorry, I cannot help.", "Diagnosis: the blocks differ and th"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_answer_that_holds_nothing_is_no_answer(parts, text, cut):
+    with pytest.raises(LanguageError, match="holds no"):
+        parse_answer(text, parts, Algorithm(SCORE, "row", SDSA), cut=cut)
+
+
+def test_an_allocation_that_was_cut_is_no_allocation():
+    with pytest.raises(LanguageError, match="cut at the token limit"):
+        parse_answer("Allocation: sdsa tau=1", ("allocation",), Algorithm(SCORE), cut=True)
+
+
+def test_a_slip_above_a_whole_return_is_no_cut():
+    text = ANSWER.replace("keepdim=True)", "keepdim=True")
+    with pytest.raises(LanguageError, match="not Python"):
+        parse_answer(text)
+
+
+LARGE = "0x" + "f" * 4000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def score(W):\n    f\"{'\x7f'}\"",
+        f"def score(W):\n    for _ in range({LARGE}):\n        a = W\n    return W\n",
+        f"def score(W, x_norm={LARGE}):\n    return W\n",
+        f"def score(W: {LARGE}):\n    return W\n",
+        f"def score(W):\n    a = {LARGE}\n",
+        "def score(W):\n    return W[0x" + "f" * 4000 + "]",
+        "def score(W):\n" + "    m0 = ((((((((((((((((((((((((((((((((((((((((W\n" * 100,
+        "def score(W):\n    a0 = W\n" + "".join(f"    a{i} = a{i - 1} + W\n" for i in range(1, 190)),
+        "def score(W):\n" * 5000,
+        "def score(W):\n    " + "x" * 200_000,
+        "1." * 20_000,
+        "*" * 90_000,
+    ],
+)
+def test_hostile_answers_are_refused_or_read_in_time(text):
+    began = time.thread_time()
+    for cut in (False, True):
+        try:
+            parse_answer(text, cut=cut)
+        except LanguageError as error:
+            assert "\n" not in str(error) and len(str(error)) < 500
+    assert time.thread_time() - began < 0.5
 
 
 WRITTEN = ANSWER.replace(
@@ -127,7 +231,7 @@ WRITTEN = ANSWER.replace(
 
 
 def test_an_allocation_of_its_own():
-    source = parse_answer(WRITTEN, allocates=True).algorithm.allocation.source
+    source = parse_answer(WRITTEN, parts=BOTH).algorithm.allocation.source
     assert (
         source == "def allocate(profile, sparsity):\n    v0 = profile.skewness.abs() ** 0.5\n    return 0.5 * v0 + 1.0"
     )
@@ -135,19 +239,19 @@ def test_an_allocation_of_its_own():
     head, _, score = WRITTEN.partition("\ndef score")
     allocate = head[head.index("def allocate") :]
     behind = f"{head.replace(allocate, '')}def score{score}\n{allocate}"
-    assert parse_answer(behind, allocates=True) == parse_answer(WRITTEN, allocates=True)
-    mended = parse_answer(behind[: -len("* u0")], allocates=True, cut=True)
+    assert parse_answer(behind, parts=BOTH) == parse_answer(WRITTEN, parts=BOTH)
+    mended = parse_answer(behind[: -len("* u0")], parts=BOTH, cut=True)
     assert mended.salvaged == ("cut", "no return")
     assert mended.algorithm.allocation.source.endswith("return v0")
     with pytest.raises(LanguageError, match="'skew' is not a summary"):
-        parse_answer(WRITTEN.replace("skewness", "skew"), allocates=True)
+        parse_answer(WRITTEN.replace("skewness", "skew"), parts=BOTH)
 
 
 def test_every_kind_of_salvage_can_be_told_apart():
     texts = {
         "fences": f"```\n{ANSWER}\n```",
         "prose": f"Sure! Here it is.\n{ANSWER}",
-        "cut": ANSWER[:-3] + "\n    m1 = m0 *",
+        "cut": ANSWER.partition("    return")[0] + "    m1 = m0 *",
         "no return": ANSWER.replace("return m0", "m1 = m0"),
     }
     assert tuple(texts) == SALVAGES
@@ -155,10 +259,10 @@ def test_every_kind_of_salvage_can_be_told_apart():
 
 
 def test_wherever_an_answer_is_cut_it_is_refused_or_can_be_probed():
-    for end in range(len(WRITTEN)):
+    for end in range(0, len(WRITTEN), 3):
         for cut in (True, False):
             try:
-                algorithm = parse_answer(WRITTEN[:end], allocates=True, cut=cut).algorithm
+                algorithm = parse_answer(WRITTEN[:end], parts=BOTH, cut=cut).algorithm
             except LanguageError as error:
                 assert "\n" not in str(error)
             else:

@@ -285,6 +285,7 @@ def test_an_answer_may_hold_some_parts_only(parts):
         assert name == "root" or whole[name] == rule
 
 
+BOTH = ("group", "allocate", "score")
 # In `make test` a share of the 10,000 that AUTOPRUNE_DERIVATIONS=10000 asks for: those take two minutes.
 MANY = int(os.environ.get("AUTOPRUNE_DERIVATIONS", "1500"))
 
@@ -300,7 +301,7 @@ def probe_layer():
 
 def as_python(source):
     """The function of a text that the grammar's own rules derived, run by Python as it stands; no candidate's text."""
-    text = re.sub(r"tune\(([^,]+),[^)]*\)", r"\1", source).replace(".median(", ".quantile(0.5, ")
+    text = source.replace(".median(", ".quantile(0.5, ")
     space = {"torch": torch}
     exec(text.replace(".argsort(dim=0)", ".argsort(dim=0, stable=True)"), space)
     return space
@@ -309,12 +310,12 @@ def as_python(source):
 def test_derivations_are_accepted_and_their_canonical_forms_do_the_same():
     """Over everything that the grammar can offer, `allocate` and all statistics among it."""
     source, names = random.Random(5), tuple(STATISTICS)
-    rules = answer_rules(parts=("group", "allocate", "score"), statistics=names)
+    rules = answer_rules(parts=BOTH, statistics=names)
     W, statistics = probe_layer()
     units = {name: torch.rand(7, dtype=torch.float64) + 0.1 for name in SUMMARIES}
     for index in range(MANY):
         answer = sample(rules, source)
-        proposal = parse_answer(answer, statistics=names, allocates=True)
+        proposal = parse_answer(answer, parts=BOTH, statistics=names)
         assert proposal.salvaged == ()
         program, own = parse(proposal.algorithm.score), parse_allocation(proposal.algorithm.allocation.source)
         assert parse(program.source) == program and parse_allocation(own.source) == own
@@ -353,8 +354,3 @@ def test_allocations_use_every_line_and_every_summary():
         program = parse_allocation(f"def allocate{text}")
         assert program.source.count("\n") == text.count("\n")  # no line was dropped as dead
     assert set(re.findall(r"profile\.(\w+)", "".join(texts))) == set(SUMMARIES)
-
-
-def test_constants_to_tune_can_be_written(answers):
-    text = "".join(answers)
-    assert {"tune(0.5, 0.1, 2)", "tune(2, 1, 8)"} <= set(re.findall(r"tune\([^)]*\)", text))

@@ -198,7 +198,7 @@ OUTSIDE = [
     "W.data = 1\nreturn W",
     "a = b = W\nreturn a",
     "a, b = W, W\nreturn a",
-    "a: int = W\nreturn a",
+    "a: int\nreturn W",
     "torch = W\nreturn torch",
     "range = W\nreturn W",
     "__builtins__ = W\nreturn W",

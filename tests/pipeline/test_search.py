@@ -198,8 +198,20 @@ def test_an_answer_that_was_cut_is_mended_or_refused(tmp_path, fresh):
     for parts, text, status, error in (
         (("score",), whole, "proposed", None),
         (("score",), whole[:24], "invalid", "the answer was cut"),
-        (("allocation",), "Diagnosis: x\nAllocation: sdsa tau=1", "invalid", "the answer was cut"),
+        (("allocation",), "Diagnosis: x\nAllocation: sdsa tau=1", "invalid", "the answer holds no whole allocation"),
     ):
         candidate = search.read("c", 1, replace(slot, parts=parts), Answer(text, finish_reason="length"))
         assert candidate.status == status and (candidate.error or "").startswith(error or "")
         assert candidate.salvaged == (("cut", "no return") if error is None else ())
+
+
+def test_mutations_are_of_allocation_and_score_in_turn(tmp_path, fresh):
+    """Also where a generation has a single prompt, or an odd number."""
+    config = small_config(tmp_path)
+    plan = replace(config.search, operators={"mutate": 1.0}, generations=1)
+    for prompts in (1, 2, 3):
+        own = replace(config, name=f"run-{prompts}", search=replace(plan, prompts=prompts))
+        search = local_search(tmp_path, fresh, own)
+        search.run()
+        parts = [slot.parts for generation in range(60) for slot in search.slots(generation, 0)]
+        assert parts.count(("score",)) == parts.count(("allocation",)) == 30 * prompts
