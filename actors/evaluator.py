@@ -25,25 +25,35 @@ KEPT = re.compile(
     r"HF_HOME|HF_HUB_OFFLINE|(OMP|MKL|NUMBA|KMP|OPENBLAS|TORCH|TORCHINDUCTOR|TRITON|CUDA|NVIDIA|NCCL|ROCR|HIP)_\w+|"
     r"THP_MEM_ALLOC_ENABLE|RAY_\w+"
 )
-SECRET = re.compile(r"TOKEN|SECRET|PASS|KEY|CREDENTIAL|AUTH", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN|SECRET|PASS|KEY|CREDENTIAL|AUTH|JOB_CONFIG|RUNTIME_ENV", re.IGNORECASE)
+
+
+def seclude() -> None:
+    """Take from this process's environment what is not KEPT.
+
+    A hurdle behind the language, which cannot name the environment: the block that the kernel shows of a process's
+    start stays as it was.
+    """
+    for name in list(os.environ):
+        if not KEPT.fullmatch(name) or SECRET.search(name):
+            del os.environ[name]
 
 
 class EvaluatorShard:
     """Loads its own blocks from disk; only source text, small numbers and hidden states cross the wire."""
 
-    def __init__(self, model: str, start: int, stop: int, dtype: str, device: str, threads: int) -> None:
-        """model: a name that every node can resolve, so that each fetches what it lacks."""
+    def __init__(
+        self, model: str, start: int, stop: int, dtype: str, device: str, threads: int, alone: bool = False
+    ) -> None:
+        """model: a name that every node can resolve, so that each fetches what it lacks. alone: the process is this
+        shard's own, and is secluded once it has its model."""
         # Fixed, so that their number never changes a sum.
         torch.set_num_threads(threads)
         self.shard = ModelShard(resolve_model(model), start, stop, dtype, device)
         # Selection is compiled, or read from disk, at its first call: here, not within the deadline of a candidate.
         row_mask(torch.rand(2, 4, device=device), 2)
-
-    def seclude(self) -> None:
-        """Forget the environment but for KEPT: called once the model is there, before any candidate."""
-        for name in list(os.environ):
-            if not KEPT.fullmatch(name) or SECRET.search(name):
-                del os.environ[name]
+        if alone:
+            seclude()
 
     def calibrate(self, states: torch.Tensor, statistics: frozenset[str], features: frozenset[str]) -> torch.Tensor:
         return self.shard.calibrate(states, statistics, features)

@@ -115,13 +115,10 @@ class EvaluatorPool:
     def _new_actors(self) -> list:
         plan, resources = self.plan, self.plan.resources
         actor = ray.remote(EvaluatorShard).options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
-        actors = [
-            actor.remote(plan.model, start, stop, plan.dtype, resources.device, plan.threads)
+        return [
+            actor.remote(plan.model, start, stop, plan.dtype, resources.device, plan.threads, alone=True)
             for start, stop in self._bounds
         ]
-        for one in actors:
-            one.seclude.remote()  # an actor runs its calls in order, so this is its first
-        return actors
 
     def _prepare(self, replica: _Replica) -> tuple[list, dict[str, list]]:
         """Send calibration and the dense passes to a fresh replica. Returns references, so replicas do not wait."""

@@ -15,6 +15,7 @@ from operator import mul
 import torch
 
 from autoprune.algorithms.algorithm import Allocation, Sparsities
+from autoprune.algorithms.cost import metered
 from autoprune.algorithms.language import parse_allocation
 from autoprune.algorithms.profiles import BlockProfile, Profile
 from autoprune.algorithms.rules import DEFAULTS, RANGES, RULES, Rule, Units
@@ -208,7 +209,8 @@ def _written(allocation: Allocation, units: Sequence[Profile], depths: Sequence[
         if name != "depth":
             summaries = [_measured(allocation, name, unit, depth) for unit, depth in zip(units, depths, strict=True)]
             profile[name] = torch.tensor(summaries, dtype=torch.float64)
-    wishes = program(profile, sparsity)
+    with metered(program.source, "the number of units", len(units)):
+        wishes = program(profile, sparsity)
     return wishes.clamp(min=LEAST_WISH * wishes.max()).tolist()
 
 

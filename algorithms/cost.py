@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from autoprune.algorithms.language import LanguageError, Program
 from autoprune.algorithms.vocabulary import STATISTICS
 
-# Wide, tall and square: what is right for all three is right for every shape, and no [in, in] or [out, out] passes.
-# So large that rows and columns weigh as little as they do in a model.
+# Wide, tall and square: what is right for all three is right for nearly every shape (a slice may be longer than these),
+# and no [in, in] or [out, out] passes. So large that rows and columns weigh as little as they do in a model.
 SHAPES = ((512, 768), (768, 512), (640, 640))
 
 # Bounds that are far above what is written to prune (the costliest baseline, RIA, takes 7 operations and 4 matrices)
@@ -107,10 +107,15 @@ def _steps(node: ast.AST) -> int:
 
 @contextmanager
 def metered(source: str, what: str, *shape: int) -> Iterator[Meter]:
-    """While open, a program of this text runs under a meter; that an operation fails is a LanguageError."""
+    """While open, a program of this text runs under a meter; that an operation fails is a LanguageError.
+
+    Errors of a device are none: whoever runs the program on it cannot be trusted any more.
+    """
     try:
         with Meter(what, *shape) as meter:
             yield meter
+    except (torch.AcceleratorError, torch.OutOfMemoryError):
+        raise
     except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
         raise LanguageError(_where(source, error)) from None
 

@@ -31,7 +31,7 @@ decoding grammar are made from (`make docs`).
 - The body is assignments `name = expression`, loops `for _ in range(N)` with N a literal, and one final `return` of a
   float32 tensor of W's shape. Inputs are never assigned to; any other names will do.
 - Values are broadcast as in torch; `[None, :]`, `[:, None]`, slices and integers are the only subscripts.
-- Numbers are floats. `tune(0.5, 0.1, 2)` is 0.5, and may be moved between 0.1 and 2 by a search.
+- Numbers are floats. `tune(0.5, 0.1, 2)` runs as 0.5, and says that between 0.1 and 2 it may be moved.
 - A method can also be written `torch.NAME(x, …)`; a leading `import torch`, a docstring and annotations are dropped.
 - Beside the score, or alone, a source may hold `allocate(profile, sparsity)`, which returns the retention of each unit
   (decoder blocks, or linear layers where the allocation is per layer), float64 [units]; only ratios count, since the
@@ -80,14 +80,15 @@ def calls(operation: Operation) -> Iterator[tuple[str, str]]:
 def brief(allocates: bool) -> str:
     """The language in a few lines, for a prompt. allocates: the answer may hold `allocate` beside `score`."""
     signs = " ".join(operation.name for operation in OPERATIONS if operation.form == "operator")
-    ways = (next(calls(operation)) for operation in OPERATIONS if operation.form != "operator")
+    ways = [way for o in OPERATIONS if o.form != "operator" for way in list(calls(o))[: 2 if o.name == "mean" else 1]]
     operations = ", ".join(f"{text} {shape}" for text, shape in ways)
     units = " In `allocate` every value has one number per block, or is a number." if allocates else ""
     return (
         "A function's lines are `name = expression`; the last is its only `return`. Write plain text without code "
         "fences, and nothing after the function. No imports, no `if`, no `while`, no other functions. With a matrix W "
         f"[out, in] and a row x [in] there are the operators {signs}, the subscripts [:, None] and [None, :], and: "
-        f"{operations}.{units} The score has W's shape and is finite: guard divisions as in x / (y + 1e-6)."
+        f"{operations}. Where dim=0 stands, dim=1, keepdim=True gives a column [out, 1].{units} The score has W's "
+        "shape and is finite: guard divisions as in x / (y + 1e-6)."
     )
 
 
@@ -143,7 +144,7 @@ def page() -> str:
         "",
         "A model that decodes under the grammar writes this language with names that tell types: `m0` a matrix, `r0` "
         "a row, `c0` a column, and in an allocation `u0` one number per unit. "
-        "A line may name only what stands above it, so every answer can be run. Some of its "
+        "A line may name only what stands above it, so nothing undefined is read. Some of its "
         "rules, as they hold when one matrix and one row have been defined:",
         "",
         *(f"    {line}" for line in _excerpt()),

@@ -133,7 +133,7 @@ class Translator:
         raise refuse(node, f"the expression {type(node).__name__} is not in the language")
 
     def tuned(self, node: ast.Call) -> ast.expr:
-        """`tune(value, low, high)`: the value, which a search may move between low and high."""
+        """`tune(value, low, high)`: the value, marked as one that may be moved between low and high."""
         if len(node.args) != 3 or node.keywords:
             raise refuse(node, "expected tune(value, low, high), three numbers")
         signs = [isinstance(argument, ast.UnaryOp) and isinstance(argument.op, ast.USub) for argument in node.args]

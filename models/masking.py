@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autoprune.algorithms.algorithm import Algorithm, Group, Sparsities
 from autoprune.algorithms.allocation import allocate, nm_counts
+from autoprune.algorithms.cost import metered
 from autoprune.algorithms.language import Program, parse
 from autoprune.algorithms.profiles import BlockProfile
 from autoprune.algorithms.scores import BASELINES, NATIVE
@@ -163,4 +164,6 @@ class Chooser:
         statistics = {
             name: (gradient if name == "g_rms" else moments.statistic(name)).to(weight.device) for name in program.reads
         }
-        return program(weight.float(), statistics)
+        # What fails or grows on this shape alone, such as `x_norm[:1000]`, is the candidate's fault, not the actor's.
+        with metered(program.source, "W", *weight.shape):
+            return program(weight.float(), statistics)

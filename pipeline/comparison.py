@@ -26,8 +26,8 @@ from autoprune.models.errors import InputError
 from autoprune.pipeline.config import DTYPES, Data, Tracking, check_data, check_name, one_of, plain, read_config
 from autoprune.pipeline.population import baseline, read_allocation
 
-# Of a cell's file and key: raise it when the meaning of a figure changes, and everything is measured anew. Where only an
-# allocation changed: REVISIONS.
+# Of a cell's file and key: raise it when the meaning of a figure changes, and everything is measured anew. What an
+# allocation yields has numbers of its own: REVISIONS.
 SCHEMA = 2
 TUNED = ":tuned"  # behind an allocation: its parameters are sought on the fitness split
 DENSE = "dense"

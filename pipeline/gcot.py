@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from autoprune.algorithms.rules import DEFAULTS
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS, SUMMARIES
+from autoprune.algorithms.written import WRITTEN_ALLOCATIONS
 from autoprune.pipeline.lineage import Candidate, Lineage
 
 Messages = tuple[tuple[str, str], ...]
@@ -34,7 +36,7 @@ ALLOCATION = {
     "sdsa": "Allocation: how the budget is spread over the blocks. tau: lower = more weight on skewed blocks; m: share "
     "of the budget that follows skewness, 0 is uniform; depth: how much more early blocks keep than late ones.",
     "written": "The `allocate` function gives every block a number; blocks keep weights in proportion to it. "
-    "profile.NAME has one number per block:\n"
+    "profile.NAME has one number per block, w being its weights and A the products |w| * x_norm:\n"
     + "\n".join(f"profile.{name}: {description}." for name, description in SUMMARIES.items()),
 }
 FORM = {
@@ -86,7 +88,7 @@ def build_prompt(
     while True:
         numbers = {candidate.id: number for number, candidate in enumerate(steps, start=1)}
         asked = TASKS[task].format(focal=numbers[parents[0]], partner=numbers[parents[-1]])
-        chain = [_step(lineage, candidate, numbers) for candidate in steps]
+        chain = [_step(lineage, candidate, numbers, allocation == "written") for candidate in steps]
         user = "\n".join([*head, *chain, "", asked, "Give the diagnosis, the hypothesis, then the algorithm."])
         oldest = next((candidate for candidate in steps if candidate.id not in parents), None)
         if len(system) + len(user) <= limit or oldest is None:
@@ -122,17 +124,21 @@ def _walk(lineage: Lineage, parents: tuple[str, ...]) -> list[Candidate]:
     return [candidate for candidate in lineage if candidate.id in chosen]
 
 
-def _step(lineage: Lineage, candidate: Candidate, numbers: dict[str, int]) -> str:
-    """One numbered step: claim, algorithm, evidence, conclusion."""
+def _step(lineage: Lineage, candidate: Candidate, numbers: dict[str, int], written: bool) -> str:
+    """One numbered step: claim, algorithm, evidence, conclusion. written: allocations are functions in this search, so
+    a rule is shown as one where it can be."""
     number = numbers[candidate.id]
     sources = [str(numbers[parent]) for parent in candidate.parents if parent in numbers]
     origin = f" ({candidate.operator} of {' and '.join(sources)})" if sources else ""
     allocation = candidate.algorithm.allocation
-    functions = filter(None, (allocation.source.strip(), candidate.algorithm.score.strip()))
+    source = allocation.source
+    if written and allocation.parameters == DEFAULTS.get(allocation.name):
+        source = WRITTEN_ALLOCATIONS.get(allocation.name, "")
+    functions = filter(None, (source.strip(), candidate.algorithm.score.strip()))
     code = "\n".join(functions).replace("\n", "\n   ")
     text = [
         f"{number}.{origin} Claim: {candidate.hypothesis or 'none given'}",
-        f"   Group: {candidate.algorithm.group}. Allocation: {'as written' if allocation.source else allocation}.",
+        f"   Group: {candidate.algorithm.group}. Allocation: {'as written' if source else allocation}.",
         f"   {code}",
         f"   Evidence: fitness {candidate.fitness:.3f}{_moved(lineage, candidate)}{_damage(candidate)}.",
         f"   Conclusion: {_conclusion(lineage, candidate)}",

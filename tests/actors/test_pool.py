@@ -148,7 +148,7 @@ def test_candidates_run_without_the_credentials_of_the_driver(tiny_model, pool):
     """What the cluster's processes inherited or were given is gone, in new actors as well; the rest is there."""
     import ray
 
-    secrets = {"HF_TOKEN": "a", "AWS_SECRET_ACCESS_KEY": "b", "RAY_MY_PASSWORD": "c", "CUSTOMER": "d"}
+    secrets = {"HF_TOKEN": "a", "AWS_SECRET_ACCESS_KEY": "b", "RAY_JOB_CONFIG_JSON_ENV_VAR": "c", "CUSTOMER": "d"}
 
     def names(_):
         import os
@@ -156,18 +156,18 @@ def test_candidates_run_without_the_credentials_of_the_driver(tiny_model, pool):
         return set(os.environ)
 
     class Given(EvaluatorShard):
-        def __init__(self, *arguments):
+        def __init__(self, *arguments, alone):
             import os
 
             os.environ |= secrets
-            super().__init__(*arguments)
+            super().__init__(*arguments, alone=alone)
 
-    actor = ray.remote(Given).options(num_cpus=0.25).remote(str(tiny_model), 0, 4, "float32", "cpu", 1)
-    assert secrets.keys() <= ray.get(actor.__ray_call__.remote(names))
-    ray.get(actor.seclude.remote())
-    left = ray.get(actor.__ray_call__.remote(names))
-    assert not secrets.keys() & left and {"PATH", "HOME"} <= left
-    ray.kill(actor)
+    given = ray.remote(Given).options(num_cpus=0.25)
+    for alone in (False, True):
+        actor = given.remote(str(tiny_model), 0, 4, "float32", "cpu", 1, alone=alone)
+        left = ray.get(actor.__ray_call__.remote(names))
+        assert secrets.keys() & left == (set() if alone else secrets.keys()) and {"PATH", "HOME"} <= left
+        ray.kill(actor)
     for shard in pool._replicas[0].actors:
         left = ray.get(shard.__ray_call__.remote(names))
         assert "PYTEST_CURRENT_TEST" not in left and "PATH" in left

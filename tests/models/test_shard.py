@@ -1,6 +1,7 @@
 """A shard against independent oracles: transformers' own forward pass, with masks applied by plain loops."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from autoprune.algorithms.algorithm import Algorithm
+from autoprune.algorithms.cost import dry_run
+from autoprune.algorithms.language import LanguageError, parse
+from autoprune.models.masking import Chooser
 from autoprune.models.shard import ModelShard
 
 HALF = [[0.5] * 7] * 4  # of every layer of every block
@@ -125,3 +129,19 @@ def test_a_write_to_the_dense_weights_is_noticed(tiny_model):
         layers[-1].weight[0, 0] += 1.0
     with pytest.raises(RuntimeError, match="dense weights changed"):
         shard.forward("fitness", text, text, WANDA, HALF)
+
+
+@pytest.mark.parametrize(
+    "body, reason",
+    [
+        ("return W.abs() * x_norm[:1000]", "must match"),
+        ("return W.abs() * (x_norm[:, None] * x_norm[None, :128]).mean()", "larger than W"),
+    ],
+)
+def test_what_fails_on_a_layer_s_own_shape_is_the_candidate_s_fault(body, reason):
+    """After the dry run and the probe have passed it, and as a refusal: an evaluator that failed would be replaced."""
+    program = parse(f"def score(W, x_norm):\n    {body}\n")
+    dry_run(program)
+    moments = SimpleNamespace(statistic=lambda name: torch.ones(1536))
+    with pytest.raises(LanguageError, match=reason):
+        Chooser._scores(program, torch.ones(96, 1536), moments, None)
