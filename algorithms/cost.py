@@ -106,18 +106,24 @@ def _steps(node: ast.AST) -> int:
 
 
 @contextmanager
-def metered(source: str, what: str, *shape: int) -> Iterator[Meter]:
-    """While open, a program of this text runs under a meter; that an operation fails is a LanguageError.
+def refusing(source: str) -> Iterator[None]:
+    """While open, a program of this text runs; that an operation fails is a LanguageError.
 
     Errors of a device are none: whoever runs the program on it cannot be trusted any more.
     """
     try:
-        with Meter(what, *shape) as meter:
-            yield meter
+        yield
     except (torch.AcceleratorError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
         raise LanguageError(_where(source, error)) from None
+
+
+@contextmanager
+def metered(source: str, what: str, *shape: int) -> Iterator[Meter]:
+    """As `refusing`, under a meter."""
+    with refusing(source), Meter(what, *shape) as meter:
+        yield meter
 
 
 def _where(source: str, error: Exception) -> str:

@@ -162,3 +162,9 @@ def test_layers_look_like_a_model():
         assert norm.max() > 8 * norm.median()
         size = layer.W.abs().flatten()
         assert ((size - size.mean()) ** 3).mean() / size.std() ** 3 > 1.3  # half-normal: 1.0
+
+
+def test_what_only_data_shows_is_a_refusal():
+    """Without data torch takes the absolute value of truth values; with data it does not."""
+    with pytest.raises(LanguageError, match=r"in `return \(W > x_norm\).abs\(\) \* W`: \"abs_cpu\" not implemented"):
+        probe(Algorithm("def score(W, x_norm):\n    return (W > x_norm).abs() * W\n"), 0.6)
