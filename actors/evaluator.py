@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 
 import torch
 
 from autoprune.actors.messages import Probe
+from autoprune.actors.seclusion import seclude
 from autoprune.algorithms.algorithm import Algorithm, Sparsities
 from autoprune.algorithms.language import LanguageError
 from autoprune.algorithms.probe import probe
@@ -17,26 +16,6 @@ from autoprune.kernels.masks import row_mask
 from autoprune.models.loading import resolve_model
 from autoprune.models.masking import planned_sparsities
 from autoprune.models.shard import ModelShard, ShardReport
-
-# Of the environment, all that an evaluator keeps once its model is loaded: what libraries are steered by. Everything
-# else may be a credential of whoever started the search, and candidates run in this process.
-KEPT = re.compile(
-    r"PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|TERM|PYTHON\w*|VIRTUAL_ENV|LD_LIBRARY_PATH|XDG_CACHE_HOME|AUTOPRUNE_CACHE|"
-    r"HF_HOME|HF_HUB_OFFLINE|(OMP|MKL|NUMBA|KMP|OPENBLAS|TORCH|TORCHINDUCTOR|TRITON|CUDA|NVIDIA|NCCL|ROCR|HIP)_\w+|"
-    r"THP_MEM_ALLOC_ENABLE|RAY_\w+"
-)
-SECRET = re.compile(r"TOKEN|SECRET|PASS|KEY|CREDENTIAL|AUTH|JOB_CONFIG|RUNTIME_ENV", re.IGNORECASE)
-
-
-def seclude() -> None:
-    """Take from this process's environment what is not KEPT.
-
-    A hurdle behind the language, which cannot name the environment: the block that the kernel shows of a process's
-    start stays as it was.
-    """
-    for name in list(os.environ):
-        if not KEPT.fullmatch(name) or SECRET.search(name):
-            del os.environ[name]
 
 
 class EvaluatorShard:

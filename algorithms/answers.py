@@ -10,16 +10,18 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from autoprune.algorithms.algorithm import GROUPS, Algorithm, Allocation
 from autoprune.algorithms.grammar import PARTS
 from autoprune.algorithms.language import parse
+from autoprune.algorithms.operations import OPERATIONS
 from autoprune.algorithms.reader import FORMS, NotPythonError, canonical, python
 from autoprune.algorithms.rules import DEFAULTS
 from autoprune.algorithms.translator import LanguageError
-from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS
+from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
 
 # What an answer may choose for SDSA: lowest and highest; where it names none, the rule's default holds.
 SDSA_BOUNDS = {"tau": (0.1, 4.0), "m": (0.0, 0.95), "depth": (0.0, 0.9)}
@@ -34,10 +36,11 @@ MAX_LINES = 400  # of a function
 MAX_CUT = 5  # lines that are given up to find the last whole statement
 
 # What an answer may need. fences: code in ``` lines; prose: lines that are none of the form's; cut: the tail was given
-# up, back to the last whole statement; no return: the last expression, or the last local, is returned.
+# up, back to the last whole statement; no return: the last expression, or a local, is returned.
 SALVAGES = ("fences", "prose", "cut", "no return")
-# Locals that are no score, whatever they are made of.
-REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "std", "var", "norm", "quantile", "median"})
+REDUCTIONS = frozenset(operation.name for operation in OPERATIONS if "keepdim" in operation.parameters)
+
+T = TypeVar("T")
 
 # A label at the beginning of a line; markup and a number may stand before it.
 _LABEL = r"^(?:[^\w\n]|\d+[.)])*{name}[*_ \t]*:[*_ \t]*(.*)$"
@@ -67,27 +70,37 @@ class _Definition:
     last: bool
 
 
-def _label(text: str, name: str) -> str:
-    """What stands after `name:`, at its last occurrence at the beginning of a line; markup around it is dropped."""
+def _labelled(text: str, name: str) -> list[str]:
+    """What stands after `name:` at the beginning of lines, the last first; markup around it is dropped."""
     found = re.findall(_LABEL.format(name=name), text, re.IGNORECASE | re.MULTILINE)
-    return found[-1].strip() if found else ""
+    return [line.strip() for line in reversed(found) if line.strip()]
 
 
 def _thought(text: str, name: str) -> str:
-    printable = "".join(character if character.isprintable() else " " for character in _label(text, name))
+    line = next(iter(_labelled(text, name)), "")
+    printable = "".join(character if character.isprintable() else " " for character in line)
     return " ".join(printable.split())[:MAX_THOUGHT]
 
 
-def _group(line: str, default: str) -> str:
+def _readable(read: Callable[[str], T], lines: list[str]) -> T:
+    """The first of the lines that can be read; where none can, the refusal of the first."""
+    error = None
+    for line in lines:
+        try:
+            return read(line)
+        except LanguageError as refusal:
+            error = error or refusal
+    raise error
+
+
+def _group(line: str) -> str:
     found = re.search(rf"\b({'|'.join(GROUPS)})s?\b", line.lower())
-    if line and not found:
+    if not found:
         raise LanguageError(f"the group is '{line[:80]}', expected {' or '.join(GROUPS)}")
-    return found[1] if found else default
+    return found[1]
 
 
-def _allocation(line: str, default: Allocation) -> Allocation:
-    if not line:
-        return default
+def _allocation(line: str) -> Allocation:
     plain = re.sub(r"[`*,()]", " ", line.partition("#")[0]).lower().strip().rstrip(".")
     name, *settings = re.sub(r"\s*=\s*", "=", plain).split() or [""]
     if name == "uniform" and not settings:
@@ -104,6 +117,12 @@ def _allocation(line: str, default: Allocation) -> Allocation:
         bounds = " ".join(f"{key}={low:g}…{high:g}" for key, (low, high) in SDSA_BOUNDS.items())
         raise LanguageError(f"the allocation is '{line[:80]}', expected 'uniform' or 'sdsa {bounds}'")
     return Allocation("sdsa", parameters)
+
+
+def _without_thinking(text: str) -> str:
+    """Without what stands between <think> and </think>, or to the end where that is missing."""
+    kept, *thinking = text.split("<think>")
+    return kept + "".join(part.partition("</think>")[2] for part in thinking)
 
 
 def _extent(lines: Sequence[str]) -> int:
@@ -126,7 +145,7 @@ def _extent(lines: Sequence[str]) -> int:
     return fence
 
 
-def _split(text: str) -> tuple[str, list[_Definition], list[str]]:
+def _split(text: str) -> tuple[list[str], list[_Definition], list[str]]:
     """An answer's lines outside of functions, its functions, and which of "fences" and "prose" it has."""
     lines, outside, found, index = text.rstrip().split("\n"), [], [], 0
     while index < len(lines):
@@ -143,7 +162,7 @@ def _split(text: str) -> tuple[str, list[_Definition], list[str]]:
     form = re.compile(_LABEL.format(name=f"(?:{'|'.join(_LABELS)})"), re.IGNORECASE)
     others = [line for line in outside if not form.match(line) and line not in fences]
     prose = any(line.strip() not in ("", "import torch") for line in others)
-    return "\n".join(outside), found, ["fences"] * bool(fences) + ["prose"] * prose
+    return outside, found, ["fences"] * bool(fences) + ["prose"] * prose
 
 
 def _parsed(lines: list[str], name: str) -> ast.FunctionDef:
@@ -204,9 +223,21 @@ def _is_stump(node: ast.stmt, known: Collection[str]) -> bool:
     return False
 
 
+def _is_wide(node: ast.AST, wide: Collection[str]) -> bool:
+    """Whether an expression has the shape of a matrix (of an allocation: of the units), as far as its text tells."""
+    match node:
+        case ast.Name(id=name):
+            return name in wide
+        case ast.Call(func=ast.Attribute(attr=name)) if name in REDUCTIONS:
+            return False
+        case ast.Subscript() | ast.BinOp(op=ast.MatMult()):
+            return False
+    return any(_is_wide(child, wide) for child in ast.iter_child_nodes(node))
+
+
 def _returning(lines: list[str], function: ast.FunctionDef) -> str:
-    """The function's text up to its last statement, and a return: of that expression, or of the last local that is not
-    a reduction."""
+    """The function's text up to its last statement, and a return: of that expression, or of the last local that has as
+    many numbers as what is asked for."""
     last = function.body[-1]
     lines = lines[: last.end_lineno]
     if isinstance(last, ast.Expr):
@@ -216,11 +247,11 @@ def _returning(lines: list[str], function: ast.FunctionDef) -> str:
     found = _locals(function)
     if not found:
         raise LanguageError(f"{function.name} must end with its only return")
-
-    def reduces(value: ast.expr) -> bool:
-        return isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in REDUCTIONS
-
-    name = next((name for name in reversed(found) if not reduces(found[name])), list(found)[-1])
+    wide = {name for name, one in STATISTICS.items() if one.type == "m"} | {"W", "profile"}
+    for name, value in found.items():
+        if _is_wide(value, wide):
+            wide.add(name)
+    name = next((name for name in reversed(found) if name in wide), list(found)[-1])
     if last.lineno == function.lineno:
         return "\n".join(lines) + f"; return {name}"
     return "\n".join([*lines, " " * function.body[0].col_offset + f"return {name}"])
@@ -260,19 +291,21 @@ def parse_answer(
 
     parts: what is asked for (see `grammar`); anything else is the parent's, whatever the answer says of it, as are
     group and allocation where it says nothing. A part that is asked for alone must be there, and so must a score.
-    Code fences, markup, thinking and prose are skipped; the thoughts may be missing. Of several functions of one name
-    the last that can be read counts. A function without a return returns its last expression, or its last local that
-    is not a reduction; one that was cut ends with its last whole statement. statistics: those that the score may read;
-    one that is only listed as a parameter does no harm. cut: the answer ended at the token limit.
+    Code fences, markup, thinking and prose are skipped; the thoughts may be missing. Of several functions or labels of
+    one name the last that can be read counts. A function without a return returns its last expression, or its last
+    local that can be a score; one that was cut ends with its last whole statement. statistics: those that the score may
+    read; one that is only listed as a parameter does no harm. cut: the answer ended at the token limit.
     Raises LanguageError where a part is missing, where nothing of it is left, where it is outside the language, or
     where it reads a statistic that is not offered.
     """
     if len(text) > MAX_ANSWER:
         raise LanguageError(f"the answer has {len(text)} characters, at most {MAX_ANSWER} are read")
-    text = re.sub(r"<think>.*?</think>", "", text.replace("\r\n", "\n").replace("\r", "\n"), flags=re.DOTALL)
-    outside, definitions, salvaged = _split(text)
-    cut = cut and not text.endswith("\n")
-    algorithm = parent
+    text = _without_thinking(text.replace("\r\n", "\n").replace("\r", "\n"))
+    lines, definitions, salvaged = _split(text)
+    cut = cut and "\n" not in text[len(text.rstrip()) :]  # a line that was ended is whole
+    if cut and lines and not any(definition.last for definition in definitions):
+        lines, salvaged = lines[:-1], [*salvaged, "cut"]
+    outside, algorithm = "\n".join(lines), parent
     if "score" in parts:
         score, mended = _read("score", definitions, cut)
         missing = [name for name in parse(score).reads if name not in statistics]
@@ -281,15 +314,16 @@ def parse_answer(
             raise LanguageError(f"the score reads {', '.join(missing)}: not offered here; offered are {offered}")
         algorithm, salvaged = replace(algorithm, score=score), salvaged + mended
     if "group" in parts:
-        algorithm = replace(algorithm, group=_group(_label(outside, "Group"), parent.group))
+        found = _labelled(outside, "Group")
+        algorithm = replace(algorithm, group=_readable(_group, found) if found else parent.group)
     if "allocate" in parts and (len(parts) == 1 or any(d.name == "allocate" for d in definitions)):
         source, mended = _read("allocate", definitions, cut)
         algorithm, salvaged = replace(algorithm, allocation=Allocation("written", source=source)), salvaged + mended
     if "allocation" in parts:
-        line = _label(outside, "Allocation")
-        if len(parts) == 1 and (cut or not line):
+        found = _labelled(outside, "Allocation")
+        if len(parts) == 1 and not found:
             reason = "it was cut at the token limit" if cut else "expected one such as `Allocation: sdsa tau=1 m=0.6`"
             raise LanguageError(f"the answer holds no whole allocation: {reason}")
-        algorithm = replace(algorithm, allocation=_allocation(line, parent.allocation))
+        algorithm = replace(algorithm, allocation=_readable(_allocation, found) if found else parent.allocation)
     kinds = tuple(kind for kind in SALVAGES if kind in salvaged)
     return Proposal(_thought(outside, "Diagnosis"), _thought(outside, "Hypothesis"), algorithm, kinds)

@@ -112,8 +112,9 @@ def _choice(values: tuple[float, ...]) -> Alternatives:
     return tuple((f"{value:g}",) for value in values)
 
 
-# Of an algorithm. The allocation is either SDSA's parameters or, as "allocate", a function.
+# Of an algorithm: with SDSA's parameters, or with a function, as its allocation.
 PARTS = ("group", "allocation", "score")
+WRITTEN_PARTS = ("group", "allocate", "score")
 
 
 def _shared_rules(max_locals: int, parts: tuple[str, ...], statistics: tuple[str, ...]) -> Rules:
@@ -283,8 +284,8 @@ def answer_grammar(
 ) -> str:
     """GBNF text of the whole answer, as `answers.parse_answer` reads it; starts at `root`.
 
-    max_locals: how many lines may stand above a return, 0 to 9. parts: which of PARTS the answer holds, or "allocate"
-    for a function in place of "allocation"; the others stay as they are. statistics: names in STATISTICS that the score
+    max_locals: how many lines may stand above a return, 0 to 9. parts: which of PARTS, or of WRITTEN_PARTS, the
+    answer holds; the others stay as they are. statistics: names in STATISTICS that the score
     may read, in the order of its parameters.
     """
     if not 0 <= max_locals <= 9:

@@ -5,6 +5,7 @@ People: `python -m autoprune.algorithms.manual > docs/language.md`. Models that 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -77,6 +78,7 @@ def calls(operation: Operation) -> Iterator[tuple[str, str]]:
         yield text, _shape(value)
 
 
+@functools.cache
 def brief(allocates: bool) -> str:
     """The language in a few lines, for a prompt. allocates: the answer may hold `allocate` beside `score`."""
     signs = " ".join(operation.name for operation in OPERATIONS if operation.form == "operator")

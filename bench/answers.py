@@ -3,8 +3,9 @@
     autoprune search configs/smoke.yaml --set name=answers          # whose lineage the prompts speak of
     python bench/answers.py runs/answers --model qwen2.5-coder-1.5b-instruct --answers 200
 
-Half of the prompts ask for SDSA's parameters, half for an allocation of its own. Every answer is read and probed as the
-search does it. Prints a table, and writes every answer with what became of it to --out, one JSON object per line.
+Half of the prompts ask for SDSA's parameters, half for an allocation of its own. Every answer is read and probed, here
+in this process, which forgets its environment first. Prints a table, and writes every answer with what became of it to
+--out, one JSON object per line.
 """
 
 import argparse
@@ -21,15 +22,15 @@ import ray
 from autoprune.actors.generator import VllmGenerator
 from autoprune.actors.messages import Answer, Evaluation
 from autoprune.actors.placement import ActorResources
-from autoprune.algorithms.grammar import answer_grammar
+from autoprune.actors.seclusion import seclude
+from autoprune.algorithms.grammar import WRITTEN_PARTS, answer_grammar
 from autoprune.algorithms.probe import probe
 from autoprune.algorithms.translator import LanguageError
 from autoprune.models.loading import load_tokenizer, resolve_model
 from autoprune.pipeline.config import ALLOCATIONS, load_config
-from autoprune.pipeline.search import Search
+from autoprune.pipeline.search import Search, Slot
 
 PER_PROMPT = 4
-LARGEST = answer_grammar(parts=("group", "allocate", "score"))
 KINDS = ("usable", "cut", "constant", "not finite", "other")
 
 
@@ -45,11 +46,13 @@ def searches(folder: Path) -> list[Search]:
         own = replace(config, search=replace(config.search, allocation=allocation, prompts=1))
         search = Search(own, folder, None, evaluator, watcher, watcher)
         search.restore()
+        if not search.lineage.evaluated():
+            raise SystemExit(f"{folder} holds no finished generation: run the search first")
         found.append(search)
     return found
 
 
-def fate(search: Search, slot, answer: Answer) -> tuple[str, str | None]:
+def fate(search: Search, slot: Slot, answer: Answer) -> tuple[str, str | None]:
     """One of KINDS, and the refusal. An answer that was cut is that, whether or not it can be mended."""
     candidate = search.read("answer", 1, slot, answer)
     error = candidate.error
@@ -66,14 +69,14 @@ def fate(search: Search, slot, answer: Answer) -> tuple[str, str | None]:
     return next((kind for text, kind in kinds.items() if text in error), "other"), error
 
 
-def compile_seconds(model: str) -> float:
-    """Seconds that xgrammar, which constrains vLLM, takes for the largest of the grammars, with the model's tokens."""
+def compile_seconds(model: str, grammar: str) -> float:
+    """Seconds that xgrammar, which constrains vLLM, takes for a grammar, with the model's tokens."""
     import xgrammar
 
     info = xgrammar.TokenizerInfo.from_huggingface(load_tokenizer(resolve_model(model)))
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
     began = time.perf_counter()
-    compiler.compile_grammar(LARGEST)
+    compiler.compile_grammar(grammar)
     return time.perf_counter() - began
 
 
@@ -86,19 +89,22 @@ def main() -> int:
     options = parser.parse_args()
     found = searches(options.run)
     asked = []
-    for index in range(options.answers // PER_PROMPT):
+    for index in range(max(1, options.answers // PER_PROMPT)):
         search = found[index % len(found)]
         (slot,) = search.slots(1000 + index, 0)
         asked.append((search, slot, search.request(slot, PER_PROMPT, 0, 0)))
-    compiling = compile_seconds(options.model)
+    largest = answer_grammar(parts=WRITTEN_PARTS, statistics=found[0].config.search.statistics)
+    compiling = compile_seconds(options.model, largest)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    engine = {"max_model_len": 4096, "seed": 0, "enforce_eager": True}
+    engine = {"max_model_len": found[0].config.generator.max_model_len, "seed": 0, "enforce_eager": True}
     generator = VllmGenerator(options.model, ActorResources(1, 0, "cpu"), engine, kv_cache_gib=4)
     generator.wait()
     began = time.perf_counter()
     answers = generator.generate([request for _, _, request in asked])
     seconds = time.perf_counter() - began
     generator.stop()
+    ray.shutdown()
+    seclude()
 
     rows, tokens = [], 0
     for (search, slot, _), texts in zip(asked, answers, strict=True):
@@ -112,9 +118,9 @@ def main() -> int:
     counts = Counter(row["kind"] for row in rows)
     whole = len(rows) - counts["cut"]
     print(f"{options.model}: {len(rows)} answers to {len(asked)} prompts, {tokens:,} tokens, {seconds:.0f} s")
-    print(f"grammar: {len(LARGEST) / 1e3:.1f} kB, compiled in {compiling:.2f} s")
+    print(f"grammar: {len(largest) / 1e3:.1f} kB, compiled in {compiling:.2f} s")
     print(", ".join(f"{kind}: {counts[kind]}" for kind in KINDS))
-    print(f"of those that were not cut, usable: {counts['usable'] / whole:.1%}")
+    print(f"of those that were not cut, usable: {counts['usable'] / max(1, whole):.1%}")
     mended = sum(row["kind"] == "cut" and row["error"] is None for row in rows)
     print(f"of those that were cut, usable after mending: {mended} of {counts['cut']}")
     for error, count in Counter(row["error"] for row in rows if row["error"]).most_common(5):

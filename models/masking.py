@@ -165,5 +165,6 @@ class Chooser:
             name: (gradient if name == "g_rms" else moments.statistic(name)).to(weight.device) for name in program.reads
         }
         # What fails or grows on this shape alone, such as `x_norm[:1000]`, is the candidate's fault, not the actor's.
+        W = weight.float()
         with metered(program.source, "W", *weight.shape):
-            return program(weight.float(), statistics)
+            return program(W, statistics)

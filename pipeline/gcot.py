@@ -132,7 +132,7 @@ def _step(lineage: Lineage, candidate: Candidate, numbers: dict[str, int], writt
     origin = f" ({candidate.operator} of {' and '.join(sources)})" if sources else ""
     allocation = candidate.algorithm.allocation
     source = allocation.source
-    if written and allocation.parameters == DEFAULTS.get(allocation.name):
+    if written and allocation.per == "block" and allocation.parameters == DEFAULTS.get(allocation.name):
         source = WRITTEN_ALLOCATIONS.get(allocation.name, "")
     functions = filter(None, (source.strip(), candidate.algorithm.score.strip()))
     code = "\n".join(functions).replace("\n", "\n   ")

@@ -312,7 +312,7 @@ def _conclude(
             "evaluated": counts["evaluated"],
             "failed": counts["failed"],
         },
-        "salvaged": {kind: sum(kind in c.salvaged for c in written) for kind in SALVAGES},
+        "salvaged": {kind: sum(kind in c.salvaged and c.status != "invalid" for c in written) for kind in SALVAGES},
         "tokens": {"prompt": spent.prompt_tokens, "completion": spent.completion_tokens},
         "seconds": {
             "generating": spent.generating,

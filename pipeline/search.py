@@ -19,7 +19,7 @@ from typing import Protocol
 from autoprune.actors.messages import Answer, Evaluation, Probe, Request
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.answers import parse_answer
-from autoprune.algorithms.grammar import answer_grammar
+from autoprune.algorithms.grammar import PARTS, WRITTEN_PARTS, answer_grammar
 from autoprune.algorithms.manual import brief
 from autoprune.algorithms.translator import LanguageError
 from autoprune.models.errors import InputError
@@ -175,13 +175,12 @@ class Search:
             parents = choose_parents(rng, operator, self.lineage, plan.elites)
             if operator == "crossover" and len(parents) < 2:
                 operator = "mutate"  # there is nobody else yet
-            written = "allocate" if plan.allocation == "written" else "allocation"
-            task, parts = operator, ("group", written, "score")
+            task, parts = operator, WRITTEN_PARTS if plan.allocation == "written" else PARTS
             if operator == "mutate":
                 # Of the allocation or of the score, in turn: it is then known which made the difference. A generation
                 # of one mutation has its turn, too.
                 turn = generation + round_ + sum(slot.operator == "mutate" for slot in slots)
-                parts = ("score",) if turn % 2 else (written,)
+                parts = ("score",) if turn % 2 else (parts[1],)
                 task = f"mutate {parts[0]}"
             dense = self.evaluator.dense["fitness"].nll
             sparsity = self.config.target.sparsity

@@ -21,6 +21,7 @@ from watching import Watch
 
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.answers import parse_answer
+from autoprune.algorithms.grammar import WRITTEN_PARTS
 from autoprune.algorithms.language import LanguageError, parse, parse_allocation
 from autoprune.algorithms.manual import calls
 from autoprune.algorithms.operations import BY_NAME, OPERATIONS
@@ -38,7 +39,6 @@ ANSWERS = (
     '    """Doc."""\n    m = torch.abs(W) * x_norm[None, :]  # why\n    m * 2\n```\nThat is it.',
 )
 CORPUS = Path(__file__).with_name("fuzz_corpus.txt")  # sources that once broke a promise, between lines of ----
-PARTS = ("group", "allocate", "score")
 SECONDS = 1.0  # of processor time, for one source
 PIECES = (
     *BY_NAME, *STATISTICS, *SUMMARIES, "W", "torch", "profile", "sparsity", "tune(1, 0, 2)", "for _ in range(3):",
@@ -117,7 +117,7 @@ def broken_promise(text: str, watch: Watch, outcomes: Counter) -> str | None:
             return f"{type(error).__name__}: {error}"
         for cut in (False, True):
             try:
-                salvaged = parse_answer(text, parts=PARTS, statistics=tuple(STATISTICS), cut=cut)
+                salvaged = parse_answer(text, parts=WRITTEN_PARTS, statistics=tuple(STATISTICS), cut=cut)
                 outcomes["salvaged"] += bool(salvaged.salvaged)
                 probe(salvaged.algorithm, 0.6)
             except LanguageError:

@@ -1,12 +1,15 @@
 """A model's whole answer: what is read of it, what is mended, and what is refused with a reason."""
 
+import random
 import time
 from dataclasses import replace
 
 import pytest
+from test_grammar import sample
 
 from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.algorithms.answers import SALVAGES, SDSA, parse_answer
+from autoprune.algorithms.grammar import WRITTEN_PARTS, answer_rules
 from autoprune.algorithms.language import parse
 from autoprune.algorithms.probe import probe
 from autoprune.algorithms.translator import LanguageError
@@ -72,7 +75,6 @@ def test_a_statistic_that_is_a_parameter_only_does_no_harm():
     assert parse_answer(listed) == parse_answer(ANSWER)
 
 
-BOTH = ("group", "allocate", "score")
 # What is left of ANSWER without its last lines.
 SCORE = "def score(W, x_norm):\n    v0 = W.abs() * x_norm\n    return v0"
 
@@ -175,12 +177,50 @@ def test_what_was_not_asked_for_is_the_parent_s_whatever_the_answer_says():
         assert algorithm.score == SCORE and "2.0 - profile.depth" in algorithm.allocation.source
 
 
-@pytest.mark.parametrize("parts", [("allocate",), ("allocation",), ("score",), BOTH])
+@pytest.mark.parametrize("parts", [("allocate",), ("allocation",), ("score",), WRITTEN_PARTS])
 @pytest.mark.parametrize("text", ["", "I am sorry, I cannot help.", "Diagnosis: the blocks differ and th"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_an_answer_that_holds_nothing_is_no_answer(parts, text, cut):
     with pytest.raises(LanguageError, match="holds no"):
         parse_answer(text, parts, Algorithm(SCORE, "row", SDSA), cut=cut)
+
+
+def test_thinking_that_was_cut_is_no_answer():
+    with pytest.raises(LanguageError, match="holds no line"):
+        parse_answer(f"<think>\nMaybe\n{PLAIN}\n", cut=True)
+
+
+def test_a_line_in_prose_does_no_harm_where_another_can_be_read():
+    text = f"Group: matrix\nAllocation: sdsa tau=2\n{PLAIN}\n\nAllocation: early blocks keep more.\nGroup: the best."
+    algorithm = parse_answer(text).algorithm
+    assert algorithm.group == "matrix" and algorithm.allocation.parameters["tau"] == 2
+
+
+def test_a_label_that_was_cut_is_not_taken_for_whole():
+    text = f"{PLAIN}\nGroup: matrix\nAllocation: sdsa tau=1 m=0"
+    proposal = parse_answer(text, cut=True)
+    assert proposal.algorithm.allocation == SDSA and proposal.salvaged == ("cut",)
+    assert parse_answer(text).algorithm.allocation.parameters["m"] == 0
+    alone = parse_answer("Allocation: sdsa tau=2\nThis is bec", ("allocation",), Algorithm(SCORE), cut=True)
+    assert alone.algorithm.allocation.parameters["tau"] == 2
+
+
+def test_of_cut_derivations_most_can_be_used():
+    """Cut in their last line: what is returned instead is a matrix, however rows and columns were made."""
+    rules, source, usable, tried = answer_rules(parts=WRITTEN_PARTS), random.Random(8), 0, 0
+    for _ in range(150):
+        text = sample(rules, source)
+        if text.count(" = ") - text.partition("def score")[0].count(" = ") == 0:
+            continue  # nothing stands above the return
+        proposal = parse_answer(text[: source.randint(text.rindex("return"), len(text) - 1)], WRITTEN_PARTS, cut=True)
+        assert proposal.salvaged == ("cut", "no return")
+        tried += 1
+        try:
+            probe(proposal.algorithm, 0.6)
+            usable += 1
+        except LanguageError as error:  # where no line made a matrix
+            assert "m0" not in text.partition("def score")[2], error
+    assert tried > 80 and usable > tried / 4
 
 
 def test_an_allocation_that_was_cut_is_no_allocation():
@@ -211,6 +251,8 @@ LARGE = "0x" + "f" * 4000
         "def score(W):\n" * 5000,
         "def score(W):\n    " + "x" * 200_000,
         "1." * 20_000,
+        "<think>" * 14_000,
+        "<think>" * 6_000 + "</think>" * 6_000,
         "*" * 90_000,
     ],
 )
@@ -231,7 +273,7 @@ WRITTEN = ANSWER.replace(
 
 
 def test_an_allocation_of_its_own():
-    source = parse_answer(WRITTEN, parts=BOTH).algorithm.allocation.source
+    source = parse_answer(WRITTEN, parts=WRITTEN_PARTS).algorithm.allocation.source
     assert (
         source == "def allocate(profile, sparsity):\n    v0 = profile.skewness.abs() ** 0.5\n    return 0.5 * v0 + 1.0"
     )
@@ -239,12 +281,12 @@ def test_an_allocation_of_its_own():
     head, _, score = WRITTEN.partition("\ndef score")
     allocate = head[head.index("def allocate") :]
     behind = f"{head.replace(allocate, '')}def score{score}\n{allocate}"
-    assert parse_answer(behind, parts=BOTH) == parse_answer(WRITTEN, parts=BOTH)
-    mended = parse_answer(behind[: -len("* u0")], parts=BOTH, cut=True)
+    assert parse_answer(behind, parts=WRITTEN_PARTS) == parse_answer(WRITTEN, parts=WRITTEN_PARTS)
+    mended = parse_answer(behind[: -len("* u0")], parts=WRITTEN_PARTS, cut=True)
     assert mended.salvaged == ("cut", "no return")
     assert mended.algorithm.allocation.source.endswith("return v0")
     with pytest.raises(LanguageError, match="'skew' is not a summary"):
-        parse_answer(WRITTEN.replace("skewness", "skew"), parts=BOTH)
+        parse_answer(WRITTEN.replace("skewness", "skew"), parts=WRITTEN_PARTS)
 
 
 def test_every_kind_of_salvage_can_be_told_apart():
@@ -262,7 +304,7 @@ def test_wherever_an_answer_is_cut_it_is_refused_or_can_be_probed():
     for end in range(0, len(WRITTEN), 3):
         for cut in (True, False):
             try:
-                algorithm = parse_answer(WRITTEN[:end], parts=BOTH, cut=cut).algorithm
+                algorithm = parse_answer(WRITTEN[:end], parts=WRITTEN_PARTS, cut=cut).algorithm
             except LanguageError as error:
                 assert "\n" not in str(error)
             else:

@@ -13,7 +13,7 @@ import torch
 
 from autoprune.algorithms.answers import parse_answer
 from autoprune.algorithms.cost import dry_run
-from autoprune.algorithms.grammar import Prose, Ref, answer_grammar, answer_rules
+from autoprune.algorithms.grammar import WRITTEN_PARTS, Prose, Ref, answer_grammar, answer_rules
 from autoprune.algorithms.language import LanguageError, parse, parse_allocation
 from autoprune.algorithms.operations import BY_NAME, OPERATIONS
 from autoprune.algorithms.probe import probe, probe_allocation
@@ -279,13 +279,12 @@ def test_an_answer_may_hold_some_parts_only(parts):
     assert ("def score" in text) == ("score" in parts)
     assert ("def allocate" in text) == ("allocate" in parts)
     whole = dict(line.split(" ::= ") for line in answer_grammar().splitlines())
-    whole |= dict(line.split(" ::= ") for line in answer_grammar(parts=("group", "allocate", "score")).splitlines())
+    whole |= dict(line.split(" ::= ") for line in answer_grammar(parts=WRITTEN_PARTS).splitlines())
     for line in text.splitlines():
         name, rule = line.split(" ::= ")
         assert name == "root" or whole[name] == rule
 
 
-BOTH = ("group", "allocate", "score")
 # In `make test` a share of the 10,000 that AUTOPRUNE_DERIVATIONS=10000 asks for: those take two minutes.
 MANY = int(os.environ.get("AUTOPRUNE_DERIVATIONS", "1500"))
 
@@ -310,12 +309,12 @@ def as_python(source):
 def test_derivations_are_accepted_and_their_canonical_forms_do_the_same():
     """Over everything that the grammar can offer, `allocate` and all statistics among it."""
     source, names = random.Random(5), tuple(STATISTICS)
-    rules = answer_rules(parts=BOTH, statistics=names)
+    rules = answer_rules(parts=WRITTEN_PARTS, statistics=names)
     W, statistics = probe_layer()
     units = {name: torch.rand(7, dtype=torch.float64) + 0.1 for name in SUMMARIES}
     for index in range(MANY):
         answer = sample(rules, source)
-        proposal = parse_answer(answer, parts=BOTH, statistics=names)
+        proposal = parse_answer(answer, parts=WRITTEN_PARTS, statistics=names)
         assert proposal.salvaged == ()
         program, own = parse(proposal.algorithm.score), parse_allocation(proposal.algorithm.allocation.source)
         assert parse(program.source) == program and parse_allocation(own.source) == own

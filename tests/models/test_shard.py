@@ -145,3 +145,13 @@ def test_what_fails_on_a_layer_s_own_shape_is_the_candidate_s_fault(body, reason
     moments = SimpleNamespace(statistic=lambda name: torch.ones(1536))
     with pytest.raises(LanguageError, match=reason):
         Chooser._scores(program, torch.ones(96, 1536), moments, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weight_s_own_copy_costs_a_candidate_nothing(dtype):
+    names = [f"a{i}" for i in range(14)]
+    lines = "".join(f"    {name} = W + {i}\n" for i, name in enumerate(names))
+    program = parse(f"def score(W, x_norm):\n{lines}    return {' * '.join(names)}\n")
+    assert dry_run(program).matrices == 16  # the bound
+    moments = SimpleNamespace(statistic=lambda name: torch.ones(64))
+    assert Chooser._scores(program, torch.ones(48, 64, dtype=dtype), moments, None).dtype == torch.float32

@@ -11,6 +11,7 @@ import pytest
 from local import LocalEvaluator, local_search, small_config
 
 from autoprune.actors.messages import Answer
+from autoprune.algorithms.written import WRITTEN_ALLOCATIONS
 from autoprune.models.errors import InputError
 from autoprune.pipeline.lineage import Lineage
 from autoprune.pipeline.report import algorithm_text
@@ -182,10 +183,15 @@ def test_allocations_are_written_where_that_is_asked_for(tmp_path, fresh):
         assert len(set(candidate.evaluation.block_sparsities)) > 1
     salvaged = {kind for candidate in search.lineage for kind in candidate.salvaged}
     assert {"fences", "prose", "no return"} <= salvaged
-    prompts = [c.prompt for c in search.lineage if c.generation > 1]
-    assert any("Allocation: as written" in prompt and "1 + 0.5 *" in prompt for prompt in prompts) or any(
-        "def allocate" in prompt.partition("[user]")[2] for prompt in prompts
-    )
+    shown = [c for c in search.lineage if c.prompt and search.lineage[c.parents[0]].algorithm.allocation.source]
+    assert shown
+    for candidate in shown:
+        source = search.lineage[candidate.parents[0]].algorithm.allocation.source
+        assert source.replace("\n", "\n   ") in candidate.prompt
+    # Rules are shown as functions, too: what is to be changed must be seen.
+    uniform = WRITTEN_ALLOCATIONS["uniform"].strip().replace("\n", "\n   ")
+    seeds = [c for c in search.lineage if c.generation and c.parents[0] == "seed-wanda"]
+    assert seeds and all(uniform in candidate.prompt for candidate in seeds)
     again = Lineage.from_dict(json.loads(json.dumps(search.lineage.to_dict())))
     assert again.to_dict() == search.lineage.to_dict()
 
