@@ -15,8 +15,8 @@ from dataclasses import dataclass
 SKEWNESS_FLOOR = 0.05
 # No skewness counts as more than so many times the median of all units. A single heavy weight can make that of a whole
 # block: in Qwen2.5-Coder-1.5B one projection takes block 15 to 20, where others have 1.6 to 3.8, and the block is not
-# one that needs more. Chosen on C4 at 60%, at the defaults below: SmolLM2-135M has perplexity 143.9 without a cap, 142.8
-# with 1.75 and 145.5 with 1.5; Qwen2.5-Coder-1.5B has 59.8 without, 55.0 with 2, 53.7 with 1.75 and 53.6 with 1.5.
+# one that needs more. Chosen on C4 at 60%, at the defaults below: SmolLM2-135M has perplexity 143.9 without a cap,
+# 142.8 with 1.75 and 145.5 with 1.5; Qwen2.5-Coder-1.5B has 59.8 without, 55.0 with 2, 53.7 with 1.75, 53.6 with 1.5.
 SKEWNESS_CAP = 1.75
 # The odds of pruning, S/(1 − S), at which SDSA's parameters mean what they say: those of 60%. Its exponent was
 # measured up to 70%, where it is 1.6, and grows to no more than that of 75%.
@@ -36,9 +36,9 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "explicit": {},
 }
 # What a parameter is when it is not given. SDSA's were chosen on text that no figure is reported on (C4, at 60%), before
-# SKEWNESS_CAP: its depth factor takes SmolLM2-135M from 26% to 30% below the perplexity of uniform sparsity, and Qwen2.5-Coder-1.5B from
-# 22% to 47%. So was its exponent (`_sdsa`): it is better than none on both models at 50%, at 70% and for 2:4. ATP's
-# `beta` depends on the number of blocks: see `atp_beta`.
+# there was a cap: the depth factor takes SmolLM2-135M from 26% to 30% below the perplexity of uniform sparsity, and
+# Qwen2.5-Coder-1.5B from 22% to 47%. So was its exponent (`_sdsa`): it is better than none on both models at 50%, at 70%
+# and for 2:4. ATP's `beta` depends on the number of blocks: see `atp_beta`.
 DEFAULTS: dict[str, dict[str, float]] = {
     "uniform": {},
     "sdsa": {"tau": 1.0, "m": 0.6, "depth": 0.5},
