@@ -213,7 +213,7 @@ def test_of_cut_derivations_most_can_be_used():
         if text.count(" = ") - text.partition("def score")[0].count(" = ") == 0:
             continue  # nothing stands above the return
         proposal = parse_answer(text[: source.randint(text.rindex("return"), len(text) - 1)], WRITTEN_PARTS, cut=True)
-        assert proposal.salvaged == ("cut", "no return")
+        assert proposal.salvaged in (("cut", "no return"), ("no return",))
         tried += 1
         try:
             probe(proposal.algorithm, 0.6)
