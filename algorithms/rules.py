@@ -35,8 +35,8 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "atp": {"beta": (-1.0, 1.0)},
     "explicit": {},
 }
-# What a parameter is when it is not given. SDSA's were chosen on text that no figure is reported on (C4, at 60%),
-# before there was a cap: the depth factor takes SmolLM2-135M from 26% to 30% below the perplexity of uniform sparsity, and
+# What a parameter is when it is not given. SDSA's were chosen on text that no figure is reported on (C4, at 60%), and
+# before it had a cap: its depth factor takes SmolLM2-135M from 26% to 30% below the perplexity of uniform sparsity, and
 # Qwen2.5-Coder-1.5B from 22% to 47%. So was its exponent (`_sdsa`): it is better than none on both models at 50%, at
 # 70% and for 2:4. ATP's `beta` depends on the number of blocks: see `atp_beta`.
 DEFAULTS: dict[str, dict[str, float]] = {
