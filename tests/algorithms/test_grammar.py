@@ -13,7 +13,7 @@ import torch
 
 from autoprune.algorithms.answers import parse_answer
 from autoprune.algorithms.cost import dry_run
-from autoprune.algorithms.grammar import WRITTEN_PARTS, Prose, Ref, answer_grammar, answer_rules
+from autoprune.algorithms.grammar import WRITTEN_PARTS, Ref, Words, answer_grammar, answer_rules
 from autoprune.algorithms.language import LanguageError, parse, parse_allocation
 from autoprune.algorithms.operations import BY_NAME, OPERATIONS
 from autoprune.algorithms.probe import probe, probe_allocation
@@ -35,8 +35,9 @@ def sample(rules, source, rule="root"):
     for item in source.choice(rules[rule]):
         if isinstance(item, Ref):
             text.append(sample(rules, source, item.rule))
-        elif isinstance(item, Prose):
-            text.append("".join(chr(source.randint(32, 126)) for _ in range(source.randint(item.least, item.most))))
+        elif isinstance(item, Words):
+            lengths = [source.randint(1, item.longest) for _ in range(source.randint(item.least, item.most))]
+            text.append(" ".join("".join(chr(source.randint(33, 126)) for _ in range(n)) for n in lengths))
         else:
             text.append(item)
     return "".join(text)
