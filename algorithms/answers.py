@@ -82,8 +82,10 @@ def _thought(text: str, name: str) -> str:
     return " ".join(printable.split())[:MAX_THOUGHT]
 
 
-def _readable(read: Callable[[str], T], lines: list[str]) -> T:
-    """The first of the lines that can be read; where none can, the refusal of the first."""
+def _readable(read: Callable[[str], T], lines: list[str], default: T) -> T:
+    """The first of the lines that can be read, or the default without any; where none can, the refusal of the first."""
+    if not lines:
+        return default
     error = None
     for line in lines:
         try:
@@ -314,8 +316,7 @@ def parse_answer(
             raise LanguageError(f"the score reads {', '.join(missing)}: not offered here; offered are {offered}")
         algorithm, salvaged = replace(algorithm, score=score), salvaged + mended
     if "group" in parts:
-        found = _labelled(outside, "Group")
-        algorithm = replace(algorithm, group=_readable(_group, found) if found else parent.group)
+        algorithm = replace(algorithm, group=_readable(_group, _labelled(outside, "Group"), parent.group))
     if "allocate" in parts and (len(parts) == 1 or any(d.name == "allocate" for d in definitions)):
         source, mended = _read("allocate", definitions, cut)
         algorithm, salvaged = replace(algorithm, allocation=Allocation("written", source=source)), salvaged + mended
@@ -324,6 +325,6 @@ def parse_answer(
         if len(parts) == 1 and not found:
             reason = "it was cut at the token limit" if cut else "expected one such as `Allocation: sdsa tau=1 m=0.6`"
             raise LanguageError(f"the answer holds no whole allocation: {reason}")
-        algorithm = replace(algorithm, allocation=_readable(_allocation, found) if found else parent.allocation)
+        algorithm = replace(algorithm, allocation=_readable(_allocation, found, parent.allocation))
     kinds = tuple(kind for kind in SALVAGES if kind in salvaged)
     return Proposal(_thought(outside, "Diagnosis"), _thought(outside, "Hypothesis"), algorithm, kinds)
