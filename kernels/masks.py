@@ -1,25 +1,29 @@
 """Pruning masks: which weights stay when the lowest scores of a comparison group go, and masks as bits.
 
-The result is that of a stable ascending sort (`kernels.reference`), found by selection, which is linear: take the
-k-th lowest score as threshold, keep what is above it, and look closer only where ties straddle the threshold.
-On a CPU compiled loops and numpy do this (`kernels.cpu`), on any other device torch.
+The result is that of a stable ascending sort (`kernels.reference`), found by selection, which is linear: find the k-th
+lowest score, keep what is above it, and look closer only where ties straddle it. On a CPU compiled loops and numpy do
+this (`kernels.cpu`), on CUDA Triton (`row_select`, `matrix_select`, `nm_select`), elsewhere, and for fp64 on CUDA, the
+sort itself. All of them are equal bit for bit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.kernels.cpu import BITS, pairwise_mask, refuse_nan, select_mask
+from autoprune.kernels import cpu, reference
+from autoprune.kernels.cpu import BITS, nan_error
 
 # Groups of up to so many scores are ranked by comparing all pairs; selection, as in rows, is faster from about 12 on
 # where scores differ (measured at 1536x8960: 23 and 151 ms of one core for m = 4, 51 and 30 for m = 16), but takes
 # several times longer where many are equal.
 PAIRWISE = 16
+LARGEST_M = 32  # of n:m in registers
+TRITON_DEVICES = {"cuda"}
 
 
 def row_mask(scores: Tensor, k: int) -> Tensor:
@@ -32,7 +36,16 @@ def row_mask(scores: Tensor, k: int) -> Tensor:
     """
     if scores.ndim != 2:
         raise ValueError(f"scores must be a matrix [out, in], got shape {tuple(scores.shape)}")
-    return _mask(scores, k, select_mask, _torch_mask)
+    trivial = _trivial(scores, k, scores.shape[1])
+    if trivial is not None:
+        return trivial
+    if _on_triton(scores):
+        from autoprune.kernels.row_select import row_select
+
+        return _selected(row_select, scores, k)
+    if scores.device.type == "cpu":
+        return cpu.row_mask(cpu.Scores(scores), k)
+    return reference.row_mask(scores, k)
 
 
 def matrix_mask(scores: Tensor, k: int) -> Tensor:
@@ -40,7 +53,17 @@ def matrix_mask(scores: Tensor, k: int) -> Tensor:
 
     As `row_mask` otherwise; scores of any shape, k within 0..numel, exactly numel − k True in all.
     """
-    return _mask(scores.reshape(1, -1), k, select_mask, _torch_mask).reshape(scores.shape)
+    trivial = _trivial(scores, k, scores.numel())
+    if trivial is not None:
+        return trivial
+    flat = scores.reshape(1, -1)
+    if _on_triton(scores):
+        from autoprune.kernels.matrix_select import matrix_select
+
+        return _selected(matrix_select, flat, k).reshape(scores.shape)
+    if scores.device.type == "cpu":
+        return cpu.matrix_mask(cpu.Scores(flat), k).reshape(scores.shape)
+    return reference.matrix_mask(scores, k)
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
@@ -48,11 +71,16 @@ def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
 
     As `row_mask` otherwise, each m scores being a row; scores of any shape whose last dimension is a multiple of m.
     """
-    if m < 1 or not scores.ndim or scores.shape[-1] % m:
-        raise ValueError(f"scores of shape {tuple(scores.shape)} cannot be cut into groups of {m} along a row")
-    groups = scores.reshape(scores.numel() // m, m)
-    few = (pairwise_mask, _torch_pairwise_mask)
-    return _mask(groups, n, *(few if m <= PAIRWISE else (select_mask, _torch_mask))).reshape(scores.shape)
+    _check_groups(scores, m)
+    trivial = _trivial(scores, n, m)
+    if trivial is not None:
+        return trivial
+    rows = scores.reshape(-1, scores.shape[-1])
+    if _on_triton(scores):
+        return _triton_nm_mask(rows, n, m).reshape(scores.shape)
+    if scores.device.type == "cpu":
+        return cpu.nm_mask(cpu.Scores(rows), n, m, m <= PAIRWISE).reshape(scores.shape)
+    return reference.nm_mask(scores, n, m)
 
 
 def tile_mask(scores: Tensor, k: int, rows: int, columns: int) -> Tensor:
@@ -76,37 +104,101 @@ def tile_mask(scores: Tensor, k: int, rows: int, columns: int) -> Tensor:
     return kept[:, None, :, None].expand(down, rows, across, columns).reshape(scores.shape)
 
 
-def pack(mask: Tensor) -> Tensor:
-    """Bits of a bool mask of any shape: uint8 [ceil(numel / 8)] on its device, the first weight in the lowest bit.
+def prune_rows(weight: Tensor, scores: Tensor, k: int, out: Tensor | None = None) -> Tensor:
+    """Set the k weights with the lowest scores of each row to zero: `row_mask` and its use in one pass.
 
-    Equal to `numpy.packbits(mask.ravel(), bitorder="little")`; the last byte is padded with zeros.
+    weight: floating (16 to 64 bits) [out, in]; scores: [out, in] as `row_mask`, or fp32 norms [in] of its columns: then
+    the score is |W_ij|·norm_j, in fp32, and takes no memory. out: where the pruned weight is written, as the weight in
+    shape, dtype and device; None: over the weight.
+    Returns the mask as `pack` makes it. Raises ValueError as `row_mask`, and where shapes disagree; where scores are
+    NaN, `out` may have been written to.
+    """
+    out = _check_pruning(weight, scores, out)
+    if not 0 < k < weight.shape[1] or not weight.numel():
+        return _apply_trivial(weight, scores, k, weight.shape[1], out)
+    if _on_triton(weight, scores):
+        from autoprune.kernels.row_select import row_select
+
+        return _pruned(row_select, weight, scores, out, k)
+    if weight.device.type == "cpu":
+        return cpu.prune_rows(weight, _cpu_scores(weight, scores), k, out)
+    return _apply(weight, row_mask(_score_matrix(weight, scores), k), out)
+
+
+def prune_matrix(weight: Tensor, scores: Tensor, k: int, out: Tensor | None = None) -> Tensor:
+    """As `prune_rows`, for the k lowest scores of the whole matrix (`matrix_mask`)."""
+    out = _check_pruning(weight, scores, out)
+    if not 0 < k < weight.numel():
+        return _apply_trivial(weight, scores, k, weight.numel(), out)
+    if _on_triton(weight, scores):
+        from autoprune.kernels.matrix_select import matrix_select
+
+        return _pruned(matrix_select, weight, scores, out, k)
+    if weight.device.type == "cpu":
+        mask = cpu.matrix_mask(_cpu_scores(weight.contiguous(), scores.contiguous()), k)
+        return cpu.apply(weight, mask, out)
+    return _apply(weight, matrix_mask(_score_matrix(weight, scores), k), out)
+
+
+def prune_nm(weight: Tensor, scores: Tensor, n: int, m: int, out: Tensor | None = None) -> Tensor:
+    """As `prune_rows`, for the n lowest of every m neighbours in a row (`nm_mask`)."""
+    out = _check_pruning(weight, scores, out)
+    _check_groups(weight, m)
+    if not 0 < n < m or not weight.numel():
+        return _apply_trivial(weight, scores, n, m, out)
+    if _on_triton(weight, scores) and m <= LARGEST_M:
+        from autoprune.kernels.nm_select import nm_select
+
+        return _pruned(nm_select, weight, scores, out, n, m)
+    if weight.device.type == "cpu":
+        return cpu.prune_nm(weight, _cpu_scores(weight, scores), n, m, m <= PAIRWISE, out)
+    return _apply(weight, nm_mask(_score_matrix(weight, scores), n, m), out)
+
+
+def prune_masked(weight: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
+    """As `prune_rows`, for a mask that is there: bool [out, in], True = kept."""
+    if mask.dtype != torch.bool or mask.shape != weight.shape:
+        raise ValueError(f"expected a mask torch.bool {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+    out = _check_pruning(weight, weight, out)
+    if weight.device.type == "cpu":
+        return cpu.apply(weight, mask, out)
+    return _apply(weight, mask, out)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Bits of a bool mask of any shape: int32 [ceil(numel / 32)] on its device, the first weight in the lowest bit.
+
+    Its bytes equal `numpy.packbits(mask.ravel(), bitorder="little")`; the last word is padded with zeros.
     """
     if mask.dtype != torch.bool:
         raise ValueError(f"a mask must be torch.bool, got {mask.dtype}")
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
-    flat = torch.nn.functional.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8)).reshape(-1, 8)
-    return (flat << _bit_positions(mask.device)).sum(dim=1, dtype=torch.uint8)
+    if mask.device.type in TRITON_DEVICES:
+        from autoprune.kernels.pack import pack as on_triton
+
+        return on_triton(mask)
+    words = np.zeros(-(-mask.numel() // cpu.WORD), dtype=np.int32)
+    bits = np.packbits(mask.cpu().numpy(), bitorder="little")
+    words.view(np.uint8)[: len(bits)] = bits
+    return torch.from_numpy(words).to(mask.device)
 
 
 def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """The bool mask of this shape whose `pack` is `bits`, on the device of the bits; padding bits are ignored.
 
-    Raises ValueError where the bits are not uint8 [ceil(numel / 8)].
+    Raises ValueError where the bits are not int32 [ceil(numel / 32)].
     """
     numel = math.prod(shape)
-    if bits.dtype != torch.uint8 or bits.shape != (-(-numel // 8),):
+    if bits.dtype != torch.int32 or bits.shape != (-(-numel // cpu.WORD),):
         got = f"{bits.dtype} {tuple(bits.shape)}"
-        raise ValueError(f"a mask of shape {tuple(shape)} is torch.uint8 ({-(-numel // 8)},) when packed, got {got}")
-    if bits.device.type == "cpu":
-        flat = torch.from_numpy(np.unpackbits(bits.numpy(), count=numel, bitorder="little").view(np.bool_))
-    else:
-        flat = ((bits[:, None] >> _bit_positions(bits.device)) & 1).bool().reshape(-1)[:numel]
-    return flat.reshape(tuple(shape))
+        raise ValueError(
+            f"a mask of shape {tuple(shape)} is torch.int32 ({-(-numel // cpu.WORD)},) when packed, got {got}"
+        )
+    if bits.device.type in TRITON_DEVICES:
+        from autoprune.kernels.pack import unpack as on_triton
 
-
-def _bit_positions(device: torch.device) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)
+        return on_triton(bits, numel).reshape(tuple(shape))
+    flat = np.unpackbits(bits.cpu().contiguous().numpy().view(np.uint8), count=numel, bitorder="little")
+    return torch.from_numpy(flat.view(np.bool_)).to(bits.device).reshape(tuple(shape))
 
 
 def _check(scores: Tensor) -> None:
@@ -114,32 +206,91 @@ def _check(scores: Tensor) -> None:
         raise ValueError(f"scores must be floating, got {scores.dtype}")
 
 
-def _mask(
-    rows: Tensor, k: int, on_cpu: Callable[[Tensor, int], Tensor], elsewhere: Callable[[Tensor, int], Tensor]
-) -> Tensor:
-    """The checks of `row_mask` and the trivial masks; the rest is left to one of two functions of rows and k."""
-    width = rows.shape[1]
-    _check(rows)
+def _check_count(k: int, width: int) -> None:
     if not 0 <= k <= width:
         raise ValueError(f"cannot prune {k} of {width} scores: k must be within 0..{width}")
-    trivial = k in (0, width) or not rows.numel()
-    if not trivial and rows.device.type == "cpu":
-        return on_cpu(rows.detach(), k)
-    refuse_nan(rows)
-    if trivial:
-        return torch.full(rows.shape, k == 0, dtype=torch.bool, device=rows.device)
-    return elsewhere(rows.detach(), k)
 
 
-def _torch_pairwise_mask(groups: Tensor, n: int) -> Tensor:
-    """`cpu.pairwise_mask` on any device, all groups at once. No NaN."""
-    m = groups.shape[1]
-    rank = torch.arange(m, dtype=torch.uint8, device=groups.device).repeat(len(groups), 1)
-    for distance in range(1, m):
-        lower = (groups[:, distance:] < groups[:, :-distance]).byte()
-        rank[:, :-distance] += lower
-        rank[:, distance:] -= lower
-    return rank >= n
+def _check_groups(scores: Tensor, m: int) -> None:
+    if m < 1 or not scores.ndim or scores.shape[-1] % m:
+        raise ValueError(f"scores of shape {tuple(scores.shape)} cannot be cut into groups of {m} along a row")
+
+
+def _trivial(scores: Tensor, k: int, width: int) -> Tensor | None:
+    """The mask where nothing is to be chosen. Raises ValueError for k, a dtype, or NaN then."""
+    _check(scores)
+    _check_count(k, width)
+    if scores.numel() and 0 < k < width:
+        return None
+    if scores.numel() and scores.detach().amin().isnan():  # a minimum propagates NaN, and needs no memory
+        raise nan_error()
+    return torch.full(scores.shape, k == 0, dtype=torch.bool, device=scores.device)
+
+
+def _check_pruning(weight: Tensor, scores: Tensor, out: Tensor | None) -> Tensor:
+    """The tensor to write to. Raises ValueError where tensors do not belong together."""
+    out = weight if out is None else out
+    _check(weight)
+    _check(scores)
+    if weight.ndim != 2 or scores.shape not in (weight.shape, weight.shape[1:]):
+        raise ValueError(
+            f"a weight [out, in] needs scores of its shape, or norms [in]; got {tuple(weight.shape)} and "
+            f"{tuple(scores.shape)}"
+        )
+    if scores.ndim == 1 and scores.dtype != torch.float32:
+        raise ValueError(f"norms must be torch.float32, got {scores.dtype}")
+    if (out.shape, out.dtype, out.device) != (weight.shape, weight.dtype, weight.device):
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)} on {out.device}: expected the weight's like")
+    if out.stride(1) != 1 and out.shape[1] > 1 and out.numel():
+        raise ValueError("the columns of out must be side by side in memory")
+    return out
+
+
+def _on_triton(*tensors: Tensor) -> bool:
+    return all(tensor.device.type in TRITON_DEVICES and tensor.element_size() < 8 for tensor in tensors)
+
+
+def _selected(select, scores: Tensor, *counts: int) -> Tensor:
+    from autoprune.kernels.keys import Scores, Target
+
+    target = Target(scores)
+    select(Scores(scores.detach()), *counts, target)
+    return target.mask
+
+
+def _triton_nm_mask(rows: Tensor, n: int, m: int) -> Tensor:
+    if m > LARGEST_M:
+        return row_mask(rows.reshape(-1, m), n).reshape(rows.shape)
+    from autoprune.kernels.nm_select import nm_select
+
+    return _selected(nm_select, rows, n, m)
+
+
+def _pruned(select, weight: Tensor, scores: Tensor, out: Tensor, *counts: int) -> Tensor:
+    from autoprune.kernels.keys import Scores, Target
+
+    whole_words = len(counts) == 1 or counts[1] & (counts[1] - 1) == 0  # of n:m, only where m is a power of two
+    target = Target(weight, weight.detach(), out, packed=whole_words)
+    select(Scores(weight.detach(), scores) if scores.ndim == 1 else Scores(scores.detach()), *counts, target)
+    return target.mask if target.packed else pack(target.mask)
+
+
+def _cpu_scores(weight: Tensor, scores: Tensor) -> cpu.Scores:
+    return cpu.Scores(weight, scores) if scores.ndim == 1 else cpu.Scores(scores)
+
+
+def _score_matrix(weight: Tensor, scores: Tensor) -> Tensor:
+    return weight.detach().float().abs() * scores if scores.ndim == 1 else scores
+
+
+def _apply(weight: Tensor, mask: Tensor, out: Tensor) -> Tensor:
+    """On any device."""
+    torch.where(mask, weight.detach(), torch.zeros((), dtype=weight.dtype, device=weight.device), out=out)
+    return pack(mask)
+
+
+def _apply_trivial(weight: Tensor, scores: Tensor, k: int, width: int, out: Tensor) -> Tensor:
+    return _apply(weight, _trivial(_score_matrix(weight, scores), k, width), out)
 
 
 def _halving_sum(values: Tensor, dim: int) -> Tensor:
@@ -152,17 +303,3 @@ def _halving_sum(values: Tensor, dim: int) -> Tensor:
             folded.narrow(dim, 0, 1).add_(values.narrow(dim, size - 1, 1))
         values = folded
     return values.squeeze(dim)
-
-
-def _torch_mask(rows: Tensor, k: int) -> Tensor:
-    """On any device, all rows at once. 0 < k < width, no NaN."""
-    if rows.shape[0] == 1:  # kthvalue gives a row to one thread block; topk spreads a long row over many
-        threshold = rows.topk(k, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
-    else:
-        threshold = rows.kthvalue(k, dim=1, keepdim=True).values
-    mask = rows > threshold
-    missing = (rows.shape[1] - k) - mask.sum(dim=1, keepdim=True)
-    if missing.any():
-        rank = (rows == threshold).cumsum(dim=1, dtype=torch.int32)  # 1, 2, … at the ties of a row
-        mask |= (rows == threshold) & (rank > rank[:, -1:] - missing)
-    return mask

@@ -16,11 +16,14 @@ from autoprune.algorithms.profiles import BlockProfile
 from autoprune.algorithms.scores import BASELINES, NATIVE
 from autoprune.algorithms.statistics import GRAM_READERS, InputMoments
 from autoprune.algorithms.updates import DAMPING, compensate, conjugate_gradients, sparsegpt
-from autoprune.kernels.masks import matrix_mask, nm_mask, row_mask, tile_mask
+from autoprune.kernels.distance import distance
+from autoprune.kernels.masks import prune_masked, prune_matrix, prune_nm, prune_rows, tile_mask, unpack
 from autoprune.models.layers import Layer
 
 # An expert that calibration routed fewer tokens to has no statistics worth the name: magnitude decides instead.
 EXPERT_TOKENS = 16
+# What is scored by |W_ij| times a factor of its column, in canonical text.
+_WANDA, _MAGNITUDE = (parse(BASELINES[name].source).source for name in ("wanda", "magnitude"))
 
 
 def needs(algorithm: Algorithm) -> frozenset[str]:
@@ -45,9 +48,11 @@ def planned_sparsities(algorithm: Algorithm, profiles: Sequence[BlockProfile], s
     return [[1 - n / group.second for n in row] for row in counts]
 
 
-def mask_of(scores: Tensor, group: Group, sparsity: float) -> Tensor:
-    """Kept weights, bool [out, in]: the floor of sparsity × group size is pruned in every comparison group.
+def prune(weight: Tensor, scores: Tensor, group: Group, sparsity: float, out: Tensor) -> Tensor:
+    """Write the weight with the floor of sparsity × group size set to zero in every comparison group to `out`.
 
+    weight, out: [out, in], alike; scores: [out, in], or fp32 norms [in]: then scores are |W_ij|·norm_j. Returns the
+    packed mask (`kernels.masks.pack`).
     Raises ValueError for scores that are not finite, and where n:m groups or rectangles do not divide the matrix.
     """
     if not all(bound.isfinite() for bound in torch.aminmax(scores)):
@@ -58,49 +63,43 @@ def mask_of(scores: Tensor, group: Group, sparsity: float) -> Tensor:
 
     match group.kind:
         case "row":
-            return row_mask(scores, share(scores.shape[1]))
+            return prune_rows(weight, scores, share(weight.shape[1]), out)
         case "matrix":
-            return matrix_mask(scores, share(scores.numel()))
+            return prune_matrix(weight, scores, share(weight.numel()), out)
         case "n:m":
-            return nm_mask(scores, share(group.second), group.second)
+            return prune_nm(weight, scores, share(group.second), group.second, out)
         case _:
-            tiles = scores.numel() // (group.first * group.second)
-            return tile_mask(scores, share(tiles), group.first, group.second)
+            tiles = weight.numel() // (group.first * group.second)
+            scores = weight.float().abs() * scores if scores.ndim == 1 else scores
+            return prune_masked(weight, tile_mask(scores, share(tiles), group.first, group.second), out)
 
 
 @dataclass
 class BlockChoice:
     """What an algorithm makes of one block.
 
-    masks: kept weights by layer; updated: new weights, fp32, of the layers whose kept weights changed;
-    fallbacks: experts that were pruned by magnitude for want of tokens; dead: layers with inputs that were zero for
-    every token, and how many; dampings: layers whose Hessian needed more damping than usual, and how much (as a
-    multiple of its mean diagonal).
+    bits: packed masks of the kept weights by layer; weights: what the layers' weights become, [out, in]; updated: those
+    among them whose kept weights changed, too, fp32; fallbacks: experts that were pruned by magnitude for want of
+    tokens; dead: layers with inputs that were zero for every token, and how many; dampings: layers whose Hessian needed
+    more damping than usual, and how much (as a multiple of its mean diagonal).
     """
 
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    bits: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
     updated: dict[str, Tensor] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
     dead: dict[str, int] = field(default_factory=dict)
     dampings: dict[str, float] = field(default_factory=dict)
 
-    def weights(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
-        """Weights [out, in] of the pruned layers."""
-        return {
-            layer.name: self.updated[layer.name] if layer.name in self.updated else masked(layer.weight, mask)
-            for layer in layers
-            if (mask := self.masks[layer.name]) is not None
-        }
+    def mask(self, layer: str) -> Tensor:
+        """Kept weights of a layer, bool [out, in]."""
+        return unpack(self.bits[layer], self.weights[layer].shape)
 
     @property
     def pruned(self) -> int:
-        return sum(mask.numel() - int(mask.sum()) for mask in self.masks.values())
-
-
-def masked(weight: Tensor, mask: Tensor) -> Tensor:
-    """The weight with zeros where the mask is False: a product of its bits, ten times faster than one in bfloat16."""
-    bits = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
-    return (bits * mask).view(weight.dtype)
+        """How many weights of the block are zero by this choice."""
+        kept = sum(distance(bits, torch.zeros_like(bits)) for bits in self.bits.values())
+        return sum(weight.numel() for weight in self.weights.values()) - kept
 
 
 class Chooser:
@@ -135,32 +134,38 @@ class Chooser:
         self, layer: Layer, moments: InputMoments, gradient: Tensor | None, sparsity: float, choice: BlockChoice
     ) -> None:
         name, weight = layer.name, layer.weight
+        out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        choice.weights[name] = out
         if layer.expert is not None and moments.count < EXPERT_TOKENS:
             choice.fallbacks.append(name)
-            magnitude = parse(BASELINES["magnitude"].source)
-            choice.masks[name] = mask_of(magnitude(weight.float(), {}), self.group, sparsity)
+            choice.bits[name] = prune(weight, torch.ones(weight.shape[1], device=out.device), self.group, sparsity, out)
             return
         dead = int((moments.sum_of_squares == 0).sum())
         if dead:
             choice.dead[name] = dead
-        update = self.algorithm.update
-        updated = None
+        update, updated = self.algorithm.update, None
         if self.program is None:
             mask, updated = sparsegpt(weight.cpu(), moments.factor, self.group, sparsity)
+            choice.bits[name] = prune_masked(weight, mask.to(weight.device), out)
         else:
-            mask = mask_of(self._scores(self.program, weight, moments, gradient), self.group, sparsity)
+            scores = self._scores(self.program, weight, moments, gradient)
+            choice.bits[name] = prune(weight, scores, self.group, sparsity, out)
             if update != "none":
-                updated = compensate(weight.cpu(), mask.cpu(), moments.factor)
+                updated = compensate(weight.cpu(), choice.mask(name).cpu(), moments.factor)
         if update == "cg":
-            updated = conjugate_gradients(weight.cpu(), mask.cpu(), moments.gram, start=updated)
-        choice.masks[name] = mask.to(weight.device)
+            updated = conjugate_gradients(weight.cpu(), choice.mask(name).cpu(), moments.gram, start=updated)
         if self.reads & GRAM_READERS and moments.damping > DAMPING:
             choice.dampings[name] = moments.damping
-        if update != "none":
-            choice.updated[name] = updated.to(weight.device)  # Gram matrices live, and are used, on the CPU
+        if update != "none":  # Gram matrices live, and are used, on the CPU
+            choice.updated[name] = choice.weights[name] = updated.to(weight.device)
 
     @staticmethod
     def _scores(program: Program, weight: Tensor, moments: InputMoments, gradient: Tensor | None) -> Tensor:
+        """[out, in], or [in] where kernels make the scores themselves, as they read the weight."""
+        if program.source == _WANDA:
+            return moments.statistic("x_norm").float().to(weight.device)
+        if program.source == _MAGNITUDE:
+            return torch.ones(weight.shape[1], device=weight.device)
         statistics = {
             name: (gradient if name == "g_rms" else moments.statistic(name)).to(weight.device) for name in program.reads
         }

@@ -30,7 +30,7 @@ class PartWriter:
         """Take in block `index` of the shard; blocks come in order."""
         tensors = read_tensors(self.model.folder, self.model.block_names(index))
         for layer in layers:
-            mask, updated = choice.masks[layer.name], choice.updated.get(layer.name)
+            mask, updated = choice.mask(layer.name), choice.updated.get(layer.name)
             layer.store(tensors, mask.cpu(), None if updated is None else updated.cpu())
             name = f"{self.model.block_prefix}.{self.model.start + index}.{layer.name}"
             self.layers[name] = {"numel": mask.numel(), "pruned": mask.numel() - int(mask.sum())}

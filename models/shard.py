@@ -215,7 +215,7 @@ class ModelShard:
                         _ = own.factor
             began = time.perf_counter()
             choice = lane.chooser.block(layers, moments, gradients, lane.sparsities[index])
-            weights = choice.weights(layers)
+            weights = choice.weights
             lane.report.pruning_seconds += time.perf_counter() - began
             prefix = f"block {self.model.start + index}, "
             lane.report.fallbacks += [prefix + name for name in choice.fallbacks]

@@ -11,6 +11,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # The kernels run in Triton's interpreter, which has to be chosen before Triton is imported, and in this process
+    # only: what it starts must not inherit it.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    triton.knobs.propagate_env = False
+    triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
+
 
 def save_byte_tokenizer(folder: Path) -> None:
     """One token per byte, as any tokenizer in the Hugging Face layout."""

@@ -37,11 +37,19 @@ def test_chunks_threads_and_long_rows_change_nothing(case, data, count, chunk):
     scores, m = case
     k, n = data.draw(st.integers(0, scores.shape[1])), data.draw(st.integers(0, m))
     k_of_all = data.draw(st.integers(0, scores.numel()))
-    with threads(count, CHUNK=chunk, SAMPLE=data.draw(st.sampled_from([1, 4, 50])), SHARE=1):
+    with threads(count, CHUNK=chunk, LONG=chunk, SAMPLE=data.draw(st.sampled_from([1, 4, 50])), SHARE=1):
         found = masks.row_mask(scores, k), masks.matrix_mask(scores, k_of_all), masks.nm_mask(scores, n, m)
+        pruned = [scores.contiguous().clone() for _ in range(4)]
+        bits = masks.prune_rows(pruned[0], scores, k), masks.prune_matrix(pruned[1], scores, k_of_all)
+        norms = 1 + torch.arange(scores.shape[1]) % 3.0
+        fused = masks.prune_rows(pruned[2], norms, k), masks.prune_matrix(pruned[3], norms, k_of_all)
     assert torch.equal(found[0], reference.row_mask(scores, k))
     assert torch.equal(found[1], reference.matrix_mask(scores, k_of_all))
     assert torch.equal(found[2], reference.nm_mask(scores, n, m))
+    wanda = scores.float().abs() * norms
+    expected = [*found[:2], reference.row_mask(wanda, k), reference.matrix_mask(wanda, k_of_all)]
+    for own, mask, packed in zip(pruned, expected, [*bits, *fused], strict=True):
+        assert torch.equal(packed, masks.pack(mask)) and torch.equal(own, scores.masked_fill(~mask, 0))
 
 
 def test_as_many_threads_as_torch_is_set_to_use():
@@ -71,12 +79,13 @@ def test_a_fork_gets_its_own_threads():
 
 
 def test_a_misleading_sample_costs_time_alone():
-    width, k = cpu.CHUNK + 1000, 150_000
+    width, k = 300_000, 150_000
     scores = torch.rand(width, generator=torch.Generator().manual_seed(0))
-    sampled = np.random.default_rng(0).integers(width, size=cpu.SAMPLE)
+    sampled = np.random.default_rng(0).integers(width, size=width // 128)
     scores[sampled] += 10  # the sample's k-th lowest lies far above that of all
-    assert torch.equal(masks.matrix_mask(scores, k), reference.matrix_mask(scores, k))
-    assert torch.equal(masks.matrix_mask(-scores, k), reference.matrix_mask(-scores, k))
+    with threads(2, LONG=1000):
+        assert torch.equal(masks.matrix_mask(scores, k), reference.matrix_mask(scores, k))
+        assert torch.equal(masks.matrix_mask(-scores, k), reference.matrix_mask(-scores, k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -88,16 +97,21 @@ def test_several_chunks_with_and_without_ties(dtype):
     for k in (1, 600, 999):
         assert torch.equal(masks.row_mask(scores, k), reference.row_mask(scores, k))
     for k in (1, 420_000, 699_999):
-        assert torch.equal(masks.matrix_mask(scores, k), reference.matrix_mask(scores, k))
+        expected = reference.matrix_mask(scores, k)
+        assert torch.equal(masks.matrix_mask(scores, k), expected)
+        with threads(2, LONG=1000):
+            assert torch.equal(masks.matrix_mask(scores, k), expected)
+            magnitudes = reference.matrix_mask(scores.abs(), k)
+            assert torch.equal(masks.matrix_mask(scores.abs(), k), magnitudes)
 
 
 def test_nan_in_any_chunk_is_refused():
     for position in range(10):
         scores = -torch.arange(10.0)
         scores[position] = float("nan")
-        with threads(2, CHUNK=4, SHARE=1), pytest.raises(ValueError, match="1 of 10 scores are NaN"):
+        with threads(2, CHUNK=4, LONG=4, SHARE=1), pytest.raises(ValueError, match="scores are NaN"):
             masks.matrix_mask(scores, 5)
-        with threads(2, CHUNK=4, SHARE=1), pytest.raises(ValueError, match="1 of 10 scores are NaN"):
+        with threads(2, CHUNK=4, LONG=4, SHARE=1), pytest.raises(ValueError, match="scores are NaN"):
             masks.row_mask(scores.reshape(5, 2), 1)
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lanes import LANES, lane
 
 from autoprune.kernels import masks, reference
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Few values, so that ties are everywhere, with both zeros, both infinities, and neighbours in fp32.
 VALUES = [0.0, -0.0, 1.0, -1.0, 1.0 + 2**-20, 2**-24, float("inf"), float("-inf"), 3.0]
@@ -49,26 +49,17 @@ def test_reference_equals_plain_loops(scores, data):
     assert reference.matrix_mask(scores, k).flatten().tolist() == loop_mask(scores.flatten().tolist(), k)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LANES)
 @settings(max_examples=200, deadline=None)
 @given(scores=matrices(), data=st.data())
-def test_masks_equal_reference(device, scores, data):
+def test_masks_equal_reference(name, scores, data):
     k = data.draw(st.integers(0, scores.shape[1]))
-    mask = masks.row_mask(scores.to(device), k)
+    of_all = data.draw(st.integers(0, scores.numel()))
+    with lane(name) as device:
+        mask, matrix = masks.row_mask(scores.to(device), k), masks.matrix_mask(scores.to(device), of_all)
     assert mask.dtype == torch.bool and mask.shape == scores.shape and mask.device.type == device
     assert torch.equal(mask.cpu(), reference.row_mask(scores, k))
-    k = data.draw(st.integers(0, scores.numel()))
-    assert torch.equal(masks.matrix_mask(scores.to(device), k).cpu(), reference.matrix_mask(scores, k))
-
-
-@settings(max_examples=200, deadline=None)
-@given(scores=matrices(), data=st.data())
-def test_accelerator_path_equals_reference_on_a_cpu(scores, data):
-    """The selection that CUDA tensors take is plain torch: its rule can be tested without an accelerator."""
-    if scores.shape[0] and scores.shape[1] > 1:
-        k = data.draw(st.integers(1, scores.shape[1] - 1))
-        assert torch.equal(masks._torch_mask(scores, k), reference.row_mask(scores, k))
-        assert torch.equal(masks._torch_mask(scores[:1], k), reference.row_mask(scores[:1], k))
+    assert torch.equal(matrix.cpu(), reference.matrix_mask(scores, of_all))
 
 
 @st.composite
@@ -89,18 +80,16 @@ def test_nm_reference_equals_plain_loops(case, data):
     assert reference.nm_mask(scores, n, m).tolist() == expected
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LANES)
 @settings(max_examples=200, deadline=None)
 @given(case=grouped(), data=st.data())
-def test_nm_mask_equals_reference(device, case, data):
+def test_nm_mask_equals_reference(name, case, data):
     scores, m = case
     n = data.draw(st.integers(0, m))
-    mask = masks.nm_mask(scores.to(device), n, m)
+    with lane(name) as device:
+        mask = masks.nm_mask(scores.to(device), n, m)
     assert mask.dtype == torch.bool and mask.shape == scores.shape and mask.device.type == device
     assert torch.equal(mask.cpu(), reference.nm_mask(scores, n, m))
-    if 0 < n < m:  # what CUDA tensors take
-        groups = scores.reshape(-1, m)
-        assert torch.equal(masks._torch_pairwise_mask(groups, n).reshape(scores.shape), mask.cpu())
 
 
 @settings(deadline=None)
@@ -118,17 +107,18 @@ def test_tile_reference_equals_plain_loops(sizes, seed, data):
     assert reference.tile_mask(scores, k, rows, columns).tolist() == [[kept[place] for place in row] for row in tile]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LANES)
 @settings(max_examples=100, deadline=None)
 @given(
     sizes=st.tuples(*[st.integers(1, 7)] * 4), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), data=st.data()
 )
-def test_tile_mask_equals_reference(device, sizes, dtype, seed, data):
+def test_tile_mask_equals_reference(name, sizes, dtype, seed, data):
     down, rows, across, columns = sizes
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(down * rows, columns, generator=generator).repeat(1, across).to(dtype)  # tiles in a row tie
     k = data.draw(st.integers(0, down * across))
-    mask = masks.tile_mask(scores.to(device), k, rows, columns)
+    with lane(name) as device:
+        mask = masks.tile_mask(scores.to(device), k, rows, columns)
     assert mask.dtype == torch.bool and mask.device.type == device and int((~mask).sum()) == k * rows * columns
     assert torch.equal(mask.cpu(), reference.tile_mask(scores, k, rows, columns))
 
@@ -150,22 +140,22 @@ def test_scores_of_any_shape_are_left_alone(sign):
     assert torch.equal(scores, before)
 
 
+@pytest.mark.parametrize("name", LANES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [0, 3, 5])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_nan_is_refused(dtype, k, sign):
-    for position in range(10):
+def test_nan_is_refused(name, dtype, k, sign):
+    for position in (0, 4, 7, 9):
         scores = torch.arange(10.0).to(dtype)
         scores[position] = float("nan")
         scores = scores.reshape(2, 5).copysign(torch.tensor(sign, dtype=dtype))  # NaN has a sign bit, too
-        with pytest.raises(ValueError, match="1 of 10 scores are NaN"):
-            masks.row_mask(scores, k)
-        with pytest.raises(ValueError, match="1 of 10 scores are NaN"):
-            masks.matrix_mask(scores, k)
-        with pytest.raises(ValueError, match="1 of 10 scores are NaN"):
-            masks.nm_mask(scores, k, 5)
-        with pytest.raises(ValueError, match="1 of 2 tiles hold NaN"):
-            masks.tile_mask(scores, 1, 1, 5)
+        with lane(name) as device:
+            scores = scores.to(device)
+            for select in (masks.row_mask, masks.matrix_mask, lambda scores, k: masks.nm_mask(scores, k, 5)):
+                with pytest.raises(ValueError, match="scores are NaN"):
+                    select(scores, k)
+            with pytest.raises(ValueError, match="1 of 2 tiles hold NaN"):
+                masks.tile_mask(scores, 1, 1, 5)
 
 
 @pytest.mark.parametrize("k", [-1, 6])
@@ -204,30 +194,55 @@ def test_a_tile_with_both_infinities_has_no_mean():
         masks.tile_mask(scores, 1, 2, 2)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@settings(deadline=None)
-@given(
-    shape=st.lists(st.integers(0, 9), min_size=0, max_size=3), seed=st.integers(0, 2**32 - 1), transpose=st.booleans()
-)
-def test_pack_equals_packbits_and_unpack_inverts_it(device, shape, seed, transpose):
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
-    mask = mask.T if transpose and mask.ndim == 2 else mask
-    bits = masks.pack(mask.to(device))
-    expected = np.packbits(mask.numpy().ravel(), bitorder="little")
-    assert bits.dtype == torch.uint8 and np.array_equal(bits.cpu().numpy(), expected)
-    back = masks.unpack(bits, mask.shape)
-    assert back.dtype == torch.bool and back.device.type == device and torch.equal(back.cpu(), mask)
+@st.composite
+def pruning(draw):
+    """A weight, scores or norms, and a comparison group with how many of it are pruned."""
+    weight = draw(matrices())
+    weight = weight.nan_to_num(0.0, 7.0, -7.0)  # infinite weights times a norm of zero are NaN
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    if draw(st.booleans()):
+        scores = torch.rand(weight.shape[1], generator=generator) * 3
+    else:
+        scores = torch.randint(-3, 4, weight.shape, generator=generator).to(draw(st.sampled_from(DTYPES)))
+    m = draw(st.sampled_from([1, 2, 4, 5, 8, 32]))
+    kind = draw(st.sampled_from(["row", "matrix", "n:m"] if weight.shape[1] % m == 0 else ["row", "matrix"]))
+    size = {"row": weight.shape[1], "matrix": weight.numel(), "n:m": m}[kind]
+    return weight, scores, kind, draw(st.integers(0, size)), m
 
 
-def test_first_weight_is_the_lowest_bit():
-    mask = torch.tensor([True, False, False, False, False, False, False, False, False, True])
-    assert masks.pack(mask).tolist() == [1, 2]
+@pytest.mark.parametrize("name", LANES)
+@settings(max_examples=200, deadline=None)
+@given(case=pruning(), in_place=st.booleans())
+def test_pruning_equals_mask_and_weight(name, case, in_place):
+    weight, scores, kind, k, m = case
+    full = weight.float().abs() * scores if scores.ndim == 1 else scores
+    counts = (k, m) if kind == "n:m" else (k,)
+    kept = {"row": reference.row_mask, "matrix": reference.matrix_mask, "n:m": reference.nm_mask}[kind](full, *counts)
+    expected = torch.where(kept, weight, torch.zeros_like(weight))
+    with lane(name) as device:
+        own = weight.to(device, copy=True)
+        out = own if in_place and own.stride(1) == 1 else torch.full_like(own, float("nan")).contiguous()
+        prune = {"row": masks.prune_rows, "matrix": masks.prune_matrix, "n:m": masks.prune_nm}[kind]
+        bits = prune(own, scores.to(device), *counts, None if out is own else out)
+        assert torch.equal(masks.unpack(bits, weight.shape).cpu(), kept)
+        assert torch.equal(bits, masks.pack(kept.to(device)))
+    assert torch.equal(out.cpu(), expected) and (out is own or torch.equal(own.cpu(), weight))
+    zeros = expected == 0  # the sign of what stays
+    assert torch.equal(out.cpu().signbit()[~zeros], expected.signbit()[~zeros])
 
 
-def test_wrong_bits_are_refused():
-    with pytest.raises(ValueError, match="bool"):
-        masks.pack(torch.zeros(3, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"\(2,\)"):
-        masks.unpack(torch.zeros(3, dtype=torch.uint8), (3, 4))
-    with pytest.raises(ValueError, match=r"uint8"):
-        masks.unpack(torch.zeros(2, dtype=torch.int8), (3, 4))
+def test_tensors_that_do_not_belong_together_are_refused():
+    weight, norms = torch.zeros(2, 4), torch.ones(4)
+    for prune in (masks.prune_rows, masks.prune_matrix):
+        with pytest.raises(ValueError, match=r"needs scores of its shape, or norms \[in\]"):
+            prune(weight, torch.ones(2), 1)
+        with pytest.raises(ValueError, match="norms must be torch.float32"):
+            prune(weight, norms.double(), 1)
+        with pytest.raises(ValueError, match="out is torch.float32"):
+            prune(weight, norms, 1, torch.zeros(4, 2))
+        with pytest.raises(ValueError, match="side by side"):
+            prune(torch.zeros(4, 2).T, norms, 1)
+        with pytest.raises(ValueError, match="floating"):
+            prune(weight.int(), norms, 1)
+        with pytest.raises(ValueError, match="within 0.."):
+            prune(weight, norms, 9)

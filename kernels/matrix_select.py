@@ -1,0 +1,198 @@
+"""Triton: the k lowest scores of a whole matrix are pruned, exactly, with one threshold.
+
+A sample says between which two keys the threshold lies. One pass counts the keys below and copies those between; the
+threshold is among these few. A second pass writes. The copies come in any order, and only their values matter, so the
+result is the same every time. Where the sample misleads, its bracket is halved until few enough lie in it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from autoprune.kernels.keys import Scores, Target, keys_of, load_keys, refuse_nan, tuned, write
+
+TILE = 4096  # scores per program
+SAMPLE = 1 << 17  # at most; of small matrices a sixteenth
+SHARE = 16  # at most one in so many scores is copied
+
+
+@tuned(["FUSED", "MAGNITUDE", "COLUMNS"])
+@triton.jit(do_not_specialize=["low", "high", "room"])
+def count_and_copy(
+    values,
+    norms,
+    stride,
+    width,
+    low,
+    high,
+    room,
+    counts,
+    copies,
+    FUSED: tl.constexpr,
+    WIDENED: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+    CEILING: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """counts, int64 [3]: keys not above `low`, keys above it and not above `high`, NaN. The second kind is copied."""
+    tiles = tl.cdiv(width, COLUMNS)
+    row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    columns = tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    at, norm_at = row.to(tl.int64) * stride + columns, tl.minimum(columns, width - 1)
+    keys, nan = load_keys(values, norms, at, norm_at, inside, FUSED, WIDENED, MAGNITUDE, CEILING)
+    between = (keys > low) & (keys <= high)
+    count = tl.sum(between.to(tl.int32), axis=0)
+    tl.atomic_add(counts, tl.sum((keys <= low).to(tl.int32), axis=0).to(tl.int64))
+    tl.atomic_add(counts + 2, tl.sum(nan.to(tl.int32), axis=0).to(tl.int64))
+    if count > 0:
+        place = tl.atomic_add(counts + 1, count.to(tl.int64)) + tl.cumsum(between.to(tl.int32), axis=0) - 1
+        tl.store(copies + place, keys, mask=between & (place < room))
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def count_ties(
+    values,
+    norms,
+    stride,
+    width,
+    threshold,
+    ties,
+    FUSED: tl.constexpr,
+    WIDENED: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+    CEILING: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """ties, int32 [programs]: keys of each tile that equal the threshold."""
+    tiles = tl.cdiv(width, COLUMNS)
+    row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    columns = tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    at, norm_at = row.to(tl.int64) * stride + columns, tl.minimum(columns, width - 1)
+    keys, nan = load_keys(values, norms, at, norm_at, inside, FUSED, WIDENED, MAGNITUDE, CEILING)
+    tl.store(ties + tl.program_id(0), tl.sum((keys == threshold).to(tl.int32), axis=0))
+
+
+@tuned(["FUSED", "MAGNITUDE", "PRUNES", "COLUMNS"])
+@triton.jit(do_not_specialize=["threshold", "pruned_ties"])
+def apply_threshold(
+    values,
+    norms,
+    stride,
+    weight,
+    pruned,
+    weight_stride,
+    pruned_stride,
+    mask,
+    width,
+    threshold,
+    pruned_ties,
+    before,
+    FUSED: tl.constexpr,
+    WIDENED: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+    CEILING: tl.constexpr,
+    PRUNES: tl.constexpr,
+    PACKED: tl.constexpr,
+    TIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Keep what exceeds the threshold; with TIES, of those that equal it all but the first `pruned_ties`, of which
+    `before`, int64 [programs], come before each tile."""
+    tiles = tl.cdiv(width, COLUMNS)
+    row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    rows = row.to(tl.int64) + tl.zeros([1, 1], tl.int64)
+    columns = (tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    inside = columns < width
+    norm_at = tl.minimum(columns, width - 1)
+    keys, nan = load_keys(values, norms, rows * stride + columns, norm_at, inside, FUSED, WIDENED, MAGNITUDE, CEILING)
+    keep = keys > threshold
+    if TIES:
+        equal = keys == threshold
+        rank = tl.cumsum(equal.to(tl.int32), axis=1) + tl.load(before + tl.program_id(0))
+        keep = keep | (equal & (rank > pruned_ties))
+    write(
+        keep, rows, columns, inside, width, weight, pruned, weight_stride, pruned_stride, mask, PRUNES, PACKED,
+        1, COLUMNS,
+    )  # fmt: skip
+
+
+def matrix_select(scores: Scores, k: int, target: Target) -> None:
+    """Write the mask that leaves all but the k lowest of all scores to the target; of equal ones the first go, in
+    row-major order.
+
+    0 < k < numel. Raises ValueError for NaN, and leaves the target as it was.
+    """
+    height, width = target.shape
+    columns = min(TILE, max(32, triton.next_power_of_2(width)))
+    grid = (height * triton.cdiv(width, columns),)
+    common = scores.arguments() | {"width": width, "COLUMNS": columns}
+    threshold, less, equal = _threshold(scores, k, grid, common)
+    prunes_ties, before = k - less, None
+    if straddled := prunes_ties < equal:
+        ties = torch.empty(grid, dtype=torch.int32, device=scores.device)
+        count_ties[grid](**common, threshold=threshold, ties=ties, num_warps=4)
+        before = ties.cumsum(0, dtype=torch.int64) - ties
+    apply_threshold[grid](
+        **common | target.arguments(),
+        threshold=threshold,
+        pruned_ties=prunes_ties,
+        before=before if straddled else target.mask.view(torch.uint8),
+        TIES=straddled,
+    )
+
+
+def _threshold(scores: Scores, k: int, grid: tuple[int], common: dict) -> tuple[int, int, int]:
+    """The k-th lowest key, how many are lower, and how many equal it."""
+    numel = scores.values.numel()
+    room = max(numel // SHARE, 1024)
+    copies = torch.empty(room, dtype=torch.int32, device=scores.device)
+    lowest, highest = -scores.ceiling - 1, scores.ceiling  # fewer than k keys do not exceed the one; k do the other
+    low, high = _bracket(scores, k, lowest, highest)
+    while True:
+        counts = torch.zeros(3, dtype=torch.int64, device=scores.device)
+        count_and_copy[grid](**common, low=low, high=high, room=room, counts=counts, copies=copies)
+        below, between, nan = counts.tolist()
+        refuse_nan(torch.tensor(nan))
+        if below < k <= below + between:
+            if between <= room:
+                break
+            lowest, highest = low, high
+            if low + 1 == high:  # all of them are equal
+                return high, below, between
+            high = (low + high) // 2
+        elif below >= k:
+            low, high = lowest, low
+            highest = high
+        else:
+            low, high = high, highest
+            lowest = low
+    found = copies[:between].sort().values
+    threshold = int(found[k - below - 1])
+    first, last = (int(torch.searchsorted(found, threshold, right=right)) for right in (False, True))
+    return threshold, below + first, last - first
+
+
+def _bracket(scores: Scores, k: int, lowest: int, highest: int) -> tuple[int, int]:
+    """Between which keys the k-th lowest probably lies: above the one, not above the other."""
+    height, width = scores.values.shape
+    size = max(1, min(SAMPLE, height * width // SHARE))
+    # Spread evenly by the golden ratio, whatever the width: at regular distances it would see a few columns only.
+    places = torch.arange(size, dtype=torch.float64, device=scores.device)
+    places = ((places * (math.sqrt(5) - 1) / 2).frac() * (height * width)).long()
+    rows, columns = places // width, places % width
+    values = scores.values[rows, columns]
+    if scores.norms is not None:
+        values = values.float().abs() * scores.norms[columns]
+    keys = keys_of(values).sort().values
+    share = k / (height * width)
+    margin = 4 * math.sqrt(size * share * (1 - share)) + 1  # four standard deviations of a rank
+    first, last = int(share * size - margin), int(share * size + margin)
+    low = lowest if first < 0 else max(lowest, int(keys[first]) - 1)
+    high = highest if last >= size else min(highest, int(keys[last]))
+    return low, max(high, low + 1)
