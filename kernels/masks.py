@@ -18,8 +18,8 @@ from torch import Tensor
 from autoprune.kernels import cpu, reference
 from autoprune.kernels.cpu import BITS, nan_error
 
-# Groups of up to so many scores are ranked by comparing all pairs; selection, as in rows, is faster from about 12 on
-# where scores differ (measured at 1536x8960: 23 and 151 ms of one core for m = 4, 51 and 30 for m = 16), but takes
+# On a CPU, groups of up to so many scores are ranked by comparing all pairs; selection, as in rows, is faster from about
+# 12 on where scores differ (measured at 1536x8960: 11 and 151 ms of one core for m = 4, 44 and 30 for m = 16), but takes
 # several times longer where many are equal.
 PAIRWISE = 16
 LARGEST_M = 32  # of n:m in registers

@@ -158,6 +158,20 @@ def test_nan_is_refused(name, dtype, k, sign):
                 masks.tile_mask(scores, 1, 1, 5)
 
 
+@pytest.mark.parametrize("name", LANES)
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_nan_next_to_infinity_is_refused(name, dtype):
+    """Its bits exceed those of infinity by one."""
+    scores, integers = torch.ones(2, 8, dtype=dtype), {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    scores[1, 3] = float("inf")
+    with lane(name) as device:
+        assert masks.row_mask(scores.to(device), 4)[1, 3]
+        scores.view(integers)[1, 3] += 1
+        for select in (masks.row_mask, masks.matrix_mask, lambda scores, k: masks.nm_mask(scores, k, 8)):
+            with pytest.raises(ValueError, match="scores are NaN"):
+                select(scores.to(device), 4)
+
+
 @pytest.mark.parametrize("k", [-1, 6])
 def test_impossible_counts_are_refused(k):
     with pytest.raises(ValueError, match="within 0..5"):
@@ -221,12 +235,16 @@ def test_pruning_equals_mask_and_weight(name, case, in_place):
     expected = torch.where(kept, weight, torch.zeros_like(weight))
     with lane(name) as device:
         own = weight.to(device, copy=True)
-        out = own if in_place and own.stride(1) == 1 else torch.full_like(own, float("nan")).contiguous()
+        wider = torch.full((len(own), own.shape[1] + 3), float("nan"), dtype=own.dtype, device=own.device)
+        out = (
+            own if in_place and own.stride(1) == 1 else wider[:, : own.shape[1]]
+        )  # rows further apart than the weight's
         prune = {"row": masks.prune_rows, "matrix": masks.prune_matrix, "n:m": masks.prune_nm}[kind]
         bits = prune(own, scores.to(device), *counts, None if out is own else out)
         assert torch.equal(masks.unpack(bits, weight.shape).cpu(), kept)
         assert torch.equal(bits, masks.pack(kept.to(device)))
     assert torch.equal(out.cpu(), expected) and (out is own or torch.equal(own.cpu(), weight))
+    assert wider[:, weight.shape[1] :].isnan().all()
     zeros = expected == 0  # the sign of what stays
     assert torch.equal(out.cpu().signbit()[~zeros], expected.signbit()[~zeros])
 
