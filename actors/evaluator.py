@@ -12,7 +12,7 @@ from autoprune.algorithms.algorithm import Algorithm, Sparsities
 from autoprune.algorithms.language import LanguageError
 from autoprune.algorithms.probe import probe
 from autoprune.algorithms.profiles import BlockProfile
-from autoprune.kernels.masks import row_mask
+from autoprune.kernels.masks import prune_matrix, prune_nm, prune_rows
 from autoprune.models.loading import resolve_model
 from autoprune.models.masking import planned_sparsities
 from autoprune.models.shard import ModelShard, ShardReport
@@ -29,8 +29,12 @@ class EvaluatorShard:
         # Fixed, so that their number never changes a sum.
         torch.set_num_threads(threads)
         self.shard = ModelShard(resolve_model(model), start, stop, dtype, device)
-        # Selection is compiled, or read from disk, at its first call: here, not within the deadline of a candidate.
-        row_mask(torch.rand(2, 4, device=device), 2)
+        # Kernels are compiled, or read from disk, at their first call: here, not within the deadline of a candidate.
+        weight = torch.rand(4, 64, device=device, dtype=getattr(torch, dtype))
+        for scores in (torch.rand(64, device=device), torch.rand(4, 64, device=device)):
+            prune_rows(weight, scores, 32)
+            prune_matrix(weight, scores, 128)
+            prune_nm(weight, scores, 2, 4)
         if alone:
             seclude()
 

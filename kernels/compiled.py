@@ -141,7 +141,7 @@ def keep_only(bits: np.ndarray, kept: np.ndarray, out: np.ndarray) -> None:
     for r in range(bits.shape[0]):
         row, own, target = bits[r], kept[r].view(np.uint8), out[r]
         for j in range(len(row)):  # a product: of 16 bits, a choice becomes a branch that takes 25 times as long
-            target[j] = row[j] * own[j]
+            target[j] = row[j] * (own[j] != 0)
 
 
 @compiled

@@ -10,7 +10,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -114,7 +114,10 @@ def _in_threads(work: Callable[[range], Any], length: int, scores: int) -> list:
         return [work(ranges[0])]
     pool = _pool(torch.get_num_threads() - 1, os.getpid())
     others = [pool.submit(work, part) for part in ranges[1:]]
-    return [work(ranges[0]), *(other.result() for other in others)]
+    try:
+        return [work(ranges[0]), *(other.result() for other in others)]
+    finally:
+        wait(others)  # after an error, too: nobody writes to a tensor that the caller has back
 
 
 @functools.lru_cache(maxsize=1)

@@ -24,7 +24,8 @@ def distance(first: Tensor, second: Tensor) -> int:
         _check(bits)
     if first.shape != second.shape:
         raise ValueError(f"masks of {len(first)} and {len(second)} words are not of the same weights")
-    if first.device.type == "cpu":
+    if first.device.type != "cuda":
+        first, second = first.cpu(), second.cpu()
         return int(np.bitwise_count((first.numpy() ^ second.numpy()).view(np.uint32)).sum(dtype=np.int64))
     return triton_distance(first, second)
 
@@ -36,8 +37,8 @@ def digest(bits: Tensor) -> int:
     that were not made to deceive: it is no cryptographic hash.
     """
     _check(bits)
-    if bits.device.type == "cpu":
-        return _numpy_digest(bits.numpy())
+    if bits.device.type != "cuda":
+        return _numpy_digest(bits.cpu().numpy())
     return triton_digest(bits)
 
 
@@ -88,17 +89,17 @@ def mixed_words(
 
 def triton_distance(first: Tensor, second: Tensor) -> int:
     """`distance` by the kernel."""
-    grid = (triton.cdiv(len(first), TILE),)
+    grid = (max(1, triton.cdiv(len(first), TILE)),)
     counts = torch.zeros(grid, dtype=torch.int32, device=first.device)
-    if len(first):
+    with torch.cuda.device_of(first):
         differing_bits[grid](first.contiguous(), second.contiguous(), counts, len(first), COLUMNS=TILE)
     return int(counts.sum(dtype=torch.int64))
 
 
 def triton_digest(bits: Tensor) -> int:
     """`digest` by the kernel."""
-    grid = (triton.cdiv(len(bits), TILE),)
+    grid = (max(1, triton.cdiv(len(bits), TILE)),)
     sums = torch.zeros(grid, dtype=torch.int64, device=bits.device)
-    if len(bits):
+    with torch.cuda.device_of(bits):
         mixed_words[grid](bits.contiguous(), sums, len(bits), STEP=STEP, FIRST=FIRST, SECOND=SECOND, COLUMNS=TILE)
     return int(sums.sum()) % (1 << 64)

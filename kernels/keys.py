@@ -78,7 +78,8 @@ def keys_of(scores: Tensor) -> Tensor:
 
 def tuned(key: Sequence[str], warps: Sequence[int] = (4, 8, 16, 32)) -> Callable:
     """Decorator of a kernel that may have any of these numbers of warps: the fastest is measured when it first meets
-    values of the arguments in `key`, and kept in Triton's cache on disk, a small JSON file for each kernel and device.
+    values of the arguments in `key`, and kept in Triton's cache on disk, a small JSON file for each of them, kernel and
+    kind of device. Only for kernels of whole numbers: sums of floats depend on the number of warps.
 
     What a kernel writes is put back after each measurement, since it may be what it reads.
     """
@@ -128,11 +129,19 @@ def as_float(bits, WIDENED: tl.constexpr):
 
 
 @triton.jit
+def write_pruned(keep, rows, columns, inside, weight, pruned, weight_stride, pruned_stride):
+    bits = tl.load(weight + rows * weight_stride + columns, mask=inside, other=0)
+    bits = tl.where(keep, bits, tl.zeros_like(bits))
+    tl.debug_barrier()  # where it overwrites what scores are made of, no thread is still to read it
+    tl.store(pruned + rows * pruned_stride + columns, bits, mask=inside)
+
+
+@triton.jit
 def write(
     keep,
     rows,
-    columns,
-    inside,
+    present,
+    start,
     width,
     weight,
     pruned,
@@ -146,18 +155,17 @@ def write(
 ):
     """Write a tile [ROWS, COLUMNS] of a mask, packed or as bytes, and of the weight with zeros where it is not kept.
 
-    rows: int64 [ROWS, 1], columns: int32 [1, COLUMNS]; both may exceed what there is, which `inside` says.
+    rows: int64 [ROWS, 1]; present, of their shape: which of them there are; start: the tile's first column.
     """
+    columns = start + tl.arange(0, COLUMNS)[None, :]
+    inside = present & (columns < width)
     if PRUNES:
-        bits = tl.load(weight + rows * weight_stride + columns, mask=inside, other=0)
-        bits = tl.where(keep, bits, tl.zeros_like(bits))
-        tl.store(pruned + rows * pruned_stride + columns, bits, mask=inside)
+        write_pruned(keep, rows, columns, inside, weight, pruned, weight_stride, pruned_stride)
     if PACKED:  # the width is a multiple of WORD: a word is inside as a whole, or not at all
         single = tl.reshape((keep & inside).to(tl.int32), (ROWS, COLUMNS // WORD, WORD))
         words = tl.sum(single << tl.arange(0, WORD)[None, None, :], axis=2)
-        first = tl.min(columns, axis=1)[:, None] // WORD + tl.arange(0, COLUMNS // WORD)[None, :]
-        there = (tl.max(inside.to(tl.int32), axis=1)[:, None] > 0) & (first < width // WORD)
-        tl.store(mask + rows * (width // WORD) + first, words, mask=there)
+        place = start // WORD + tl.arange(0, COLUMNS // WORD)[None, :]
+        tl.store(mask + rows * (width // WORD) + place, words, mask=present & (place < width // WORD))
     else:
         tl.store(mask + rows * width + columns, keep.to(tl.int8), mask=inside)
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from autoprune.kernels import cpu, reference
 from autoprune.kernels.cpu import BITS, nan_error
 
-# On a CPU, groups of up to so many scores are ranked by comparing all pairs; selection, as in rows, is faster from about
-# 12 on where scores differ (measured at 1536x8960: 11 and 151 ms of one core for m = 4, 44 and 30 for m = 16), but takes
-# several times longer where many are equal.
+# On a CPU, groups of up to so many scores are ranked by comparing all pairs; selection, as in rows, is faster from
+# about 12 on where scores differ (at 1536x8960: 11 and 151 ms of one core for m = 4, 44 and 30 for m = 16), but
+# takes several times longer where many are equal.
 PAIRWISE = 16
 LARGEST_M = 32  # of n:m in registers
-TRITON_DEVICES = {"cuda"}
+TRITON_DEVICES, CPU_DEVICES = {"cuda"}, {"cpu"}
 
 
 def row_mask(scores: Tensor, k: int) -> Tensor:
@@ -43,9 +43,9 @@ def row_mask(scores: Tensor, k: int) -> Tensor:
         from autoprune.kernels.row_select import row_select
 
         return _selected(row_select, scores, k)
-    if scores.device.type == "cpu":
+    if scores.device.type in CPU_DEVICES:
         return cpu.row_mask(cpu.Scores(scores), k)
-    return reference.row_mask(scores, k)
+    return reference.row_mask(_without_nan(scores), k)
 
 
 def matrix_mask(scores: Tensor, k: int) -> Tensor:
@@ -61,9 +61,9 @@ def matrix_mask(scores: Tensor, k: int) -> Tensor:
         from autoprune.kernels.matrix_select import matrix_select
 
         return _selected(matrix_select, flat, k).reshape(scores.shape)
-    if scores.device.type == "cpu":
+    if scores.device.type in CPU_DEVICES:
         return cpu.matrix_mask(cpu.Scores(flat), k).reshape(scores.shape)
-    return reference.matrix_mask(scores, k)
+    return reference.matrix_mask(_without_nan(scores), k)
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
@@ -78,9 +78,9 @@ def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
     rows = scores.reshape(-1, scores.shape[-1])
     if _on_triton(scores):
         return _triton_nm_mask(rows, n, m).reshape(scores.shape)
-    if scores.device.type == "cpu":
+    if scores.device.type in CPU_DEVICES:
         return cpu.nm_mask(cpu.Scores(rows), n, m, m <= PAIRWISE).reshape(scores.shape)
-    return reference.nm_mask(scores, n, m)
+    return reference.nm_mask(_without_nan(scores), n, m)
 
 
 def tile_mask(scores: Tensor, k: int, rows: int, columns: int) -> Tensor:
@@ -97,7 +97,8 @@ def tile_mask(scores: Tensor, k: int, rows: int, columns: int) -> Tensor:
     _check(scores)
     down, across = scores.shape[0] // rows, scores.shape[1] // columns
     sums = _halving_sum(scores.detach().float().reshape(down, rows, across, columns), 1)
-    means = _halving_sum(sums, 2) / (rows * columns)
+    # By a tensor: a number would be turned into a factor on CUDA, which rounds otherwise.
+    means = _halving_sum(sums, 2) / torch.tensor(rows * columns, dtype=torch.float32, device=scores.device)
     if means.isnan().any():
         raise ValueError(f"{int(means.isnan().sum())} of {means.numel()} tiles hold NaN, or infinities of both signs")
     kept = matrix_mask(means, k)
@@ -109,32 +110,32 @@ def prune_rows(weight: Tensor, scores: Tensor, k: int, out: Tensor | None = None
 
     weight: floating (16 to 64 bits) [out, in]; scores: [out, in] as `row_mask`, or fp32 norms [in] of its columns: then
     the score is |W_ij|·norm_j, in fp32, and takes no memory. out: where the pruned weight is written, as the weight in
-    shape, dtype and device; None: over the weight.
+    shape, dtype and device, with columns side by side in memory; None: over the weight.
     Returns the mask as `pack` makes it. Raises ValueError as `row_mask`, and where shapes disagree; where scores are
     NaN, `out` may have been written to.
     """
-    out = _check_pruning(weight, scores, out)
+    weight, scores, out = _check_pruning(weight, scores, out)
     if not 0 < k < weight.shape[1] or not weight.numel():
         return _apply_trivial(weight, scores, k, weight.shape[1], out)
     if _on_triton(weight, scores):
         from autoprune.kernels.row_select import row_select
 
         return _pruned(row_select, weight, scores, out, k)
-    if weight.device.type == "cpu":
+    if weight.device.type in CPU_DEVICES:
         return cpu.prune_rows(weight, _cpu_scores(weight, scores), k, out)
     return _apply(weight, row_mask(_score_matrix(weight, scores), k), out)
 
 
 def prune_matrix(weight: Tensor, scores: Tensor, k: int, out: Tensor | None = None) -> Tensor:
     """As `prune_rows`, for the k lowest scores of the whole matrix (`matrix_mask`)."""
-    out = _check_pruning(weight, scores, out)
+    weight, scores, out = _check_pruning(weight, scores, out)
     if not 0 < k < weight.numel():
         return _apply_trivial(weight, scores, k, weight.numel(), out)
     if _on_triton(weight, scores):
         from autoprune.kernels.matrix_select import matrix_select
 
         return _pruned(matrix_select, weight, scores, out, k)
-    if weight.device.type == "cpu":
+    if weight.device.type in CPU_DEVICES:
         mask = cpu.matrix_mask(_cpu_scores(weight.contiguous(), scores.contiguous()), k)
         return cpu.apply(weight, mask, out)
     return _apply(weight, matrix_mask(_score_matrix(weight, scores), k), out)
@@ -142,7 +143,7 @@ def prune_matrix(weight: Tensor, scores: Tensor, k: int, out: Tensor | None = No
 
 def prune_nm(weight: Tensor, scores: Tensor, n: int, m: int, out: Tensor | None = None) -> Tensor:
     """As `prune_rows`, for the n lowest of every m neighbours in a row (`nm_mask`)."""
-    out = _check_pruning(weight, scores, out)
+    weight, scores, out = _check_pruning(weight, scores, out)
     _check_groups(weight, m)
     if not 0 < n < m or not weight.numel():
         return _apply_trivial(weight, scores, n, m, out)
@@ -150,7 +151,7 @@ def prune_nm(weight: Tensor, scores: Tensor, n: int, m: int, out: Tensor | None 
         from autoprune.kernels.nm_select import nm_select
 
         return _pruned(nm_select, weight, scores, out, n, m)
-    if weight.device.type == "cpu":
+    if weight.device.type in CPU_DEVICES:
         return cpu.prune_nm(weight, _cpu_scores(weight, scores), n, m, m <= PAIRWISE, out)
     return _apply(weight, nm_mask(_score_matrix(weight, scores), n, m), out)
 
@@ -159,8 +160,8 @@ def prune_masked(weight: Tensor, mask: Tensor, out: Tensor | None = None) -> Ten
     """As `prune_rows`, for a mask that is there: bool [out, in], True = kept."""
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ValueError(f"expected a mask torch.bool {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}")
-    out = _check_pruning(weight, weight, out)
-    if weight.device.type == "cpu":
+    weight, mask, out = _check_pruning(weight, mask, out, is_mask=True)
+    if weight.device.type in CPU_DEVICES and weight.numel():
         return cpu.apply(weight, mask, out)
     return _apply(weight, mask, out)
 
@@ -175,7 +176,8 @@ def pack(mask: Tensor) -> Tensor:
     if mask.device.type in TRITON_DEVICES:
         from autoprune.kernels.pack import pack as on_triton
 
-        return on_triton(mask)
+        with torch.cuda.device_of(mask):
+            return on_triton(mask)
     words = np.zeros(-(-mask.numel() // cpu.WORD), dtype=np.int32)
     bits = np.packbits(mask.cpu().numpy(), bitorder="little")
     words.view(np.uint8)[: len(bits)] = bits
@@ -196,7 +198,8 @@ def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
     if bits.device.type in TRITON_DEVICES:
         from autoprune.kernels.pack import unpack as on_triton
 
-        return on_triton(bits, numel).reshape(tuple(shape))
+        with torch.cuda.device_of(bits):
+            return on_triton(bits, numel).reshape(tuple(shape))
     flat = np.unpackbits(bits.cpu().contiguous().numpy().view(np.uint8), count=numel, bitorder="little")
     return torch.from_numpy(flat.view(np.bool_)).to(bits.device).reshape(tuple(shape))
 
@@ -222,28 +225,46 @@ def _trivial(scores: Tensor, k: int, width: int) -> Tensor | None:
     _check_count(k, width)
     if scores.numel() and 0 < k < width:
         return None
-    if scores.numel() and scores.detach().amin().isnan():  # a minimum propagates NaN, and needs no memory
+    return torch.full(_without_nan(scores).shape, k == 0, dtype=torch.bool, device=scores.device)
+
+
+def _without_nan(scores: Tensor) -> Tensor:
+    """The scores. Raises ValueError for NaN; a minimum propagates it, and needs no memory."""
+    if scores.numel() and scores.detach().amin().isnan():
         raise nan_error()
-    return torch.full(scores.shape, k == 0, dtype=torch.bool, device=scores.device)
+    return scores
 
 
-def _check_pruning(weight: Tensor, scores: Tensor, out: Tensor | None) -> Tensor:
-    """The tensor to write to. Raises ValueError where tensors do not belong together."""
+def _check_pruning(
+    weight: Tensor, scores: Tensor, out: Tensor | None, is_mask: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, scores (or a mask) and the tensor to write to, which shares no memory with the others unless it is the
+    weight itself. Raises ValueError where they do not belong together."""
     out = weight if out is None else out
     _check(weight)
-    _check(scores)
     if weight.ndim != 2 or scores.shape not in (weight.shape, weight.shape[1:]):
         raise ValueError(
             f"a weight [out, in] needs scores of its shape, or norms [in]; got {tuple(weight.shape)} and "
             f"{tuple(scores.shape)}"
         )
+    if not is_mask:
+        _check(scores)
     if scores.ndim == 1 and scores.dtype != torch.float32:
         raise ValueError(f"norms must be torch.float32, got {scores.dtype}")
+    if scores.device != weight.device:
+        raise ValueError(f"the weight is on {weight.device} and its scores are on {scores.device}")
     if (out.shape, out.dtype, out.device) != (weight.shape, weight.dtype, weight.device):
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)} on {out.device}: expected the weight's like")
-    if out.stride(1) != 1 and out.shape[1] > 1 and out.numel():
-        raise ValueError("the columns of out must be side by side in memory")
-    return out
+    if out.numel() and (out.shape[1] > 1 and out.stride(1) != 1 or len(out) > 1 and out.stride(0) < out.shape[1]):
+        raise ValueError("the columns of out must be side by side in memory, and its rows apart")
+    weight, scores, out = weight.detach(), scores.detach(), out.detach()
+    same = weight.data_ptr() == out.data_ptr() and weight.stride() == out.stride()
+    return weight if same else _apart(weight, out), _apart(scores, out), out
+
+
+def _apart(tensor: Tensor, out: Tensor) -> Tensor:
+    """The tensor, or a copy where writing to `out` might change it."""
+    return tensor.clone() if tensor.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() else tensor
 
 
 def _on_triton(*tensors: Tensor) -> bool:
@@ -253,8 +274,9 @@ def _on_triton(*tensors: Tensor) -> bool:
 def _selected(select, scores: Tensor, *counts: int) -> Tensor:
     from autoprune.kernels.keys import Scores, Target
 
-    target = Target(scores)
-    select(Scores(scores.detach()), *counts, target)
+    with torch.cuda.device_of(scores):
+        target = Target(scores)
+        select(Scores(scores.detach()), *counts, target)
     return target.mask
 
 
@@ -270,8 +292,9 @@ def _pruned(select, weight: Tensor, scores: Tensor, out: Tensor, *counts: int) -
     from autoprune.kernels.keys import Scores, Target
 
     whole_words = len(counts) == 1 or counts[1] & (counts[1] - 1) == 0  # of n:m, only where m is a power of two
-    target = Target(weight, weight.detach(), out, packed=whole_words)
-    select(Scores(weight.detach(), scores) if scores.ndim == 1 else Scores(scores.detach()), *counts, target)
+    with torch.cuda.device_of(weight):
+        target = Target(weight, weight, out, packed=whole_words)
+        select(Scores(weight, scores) if scores.ndim == 1 else Scores(scores), *counts, target)
     return target.mask if target.packed else pack(target.mask)
 
 
@@ -280,17 +303,24 @@ def _cpu_scores(weight: Tensor, scores: Tensor) -> cpu.Scores:
 
 
 def _score_matrix(weight: Tensor, scores: Tensor) -> Tensor:
-    return weight.detach().float().abs() * scores if scores.ndim == 1 else scores
+    return weight.float().abs() * scores if scores.ndim == 1 else scores
 
 
 def _apply(weight: Tensor, mask: Tensor, out: Tensor) -> Tensor:
     """On any device."""
-    torch.where(mask, weight.detach(), torch.zeros((), dtype=weight.dtype, device=weight.device), out=out)
+    torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device), out=out)
     return pack(mask)
 
 
 def _apply_trivial(weight: Tensor, scores: Tensor, k: int, width: int, out: Tensor) -> Tensor:
-    return _apply(weight, _trivial(_score_matrix(weight, scores), k, width), out)
+    """All or nothing is pruned. NaN is refused; a matrix of scores is only made where there is an infinity."""
+    _check_count(k, width)
+    _without_nan(scores)
+    if scores.ndim == 1 and weight.numel():
+        bounds = torch.aminmax(_without_nan(weight))
+        if not all(bound.isfinite() for bound in (*bounds, scores.amax())):
+            _without_nan(_score_matrix(weight, scores))
+    return _apply(weight, torch.full(weight.shape, k == 0, dtype=torch.bool, device=weight.device), out)
 
 
 def _halving_sum(values: Tensor, dim: int) -> Tensor:

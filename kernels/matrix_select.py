@@ -27,6 +27,7 @@ def count_and_copy(
     norms,
     stride,
     width,
+    tiles,
     low,
     high,
     room,
@@ -39,7 +40,6 @@ def count_and_copy(
     COLUMNS: tl.constexpr,
 ):
     """counts, int64 [3]: keys not above `low`, keys above it and not above `high`, NaN. The second kind is copied."""
-    tiles = tl.cdiv(width, COLUMNS)
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     columns = tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
@@ -60,6 +60,7 @@ def count_ties(
     norms,
     stride,
     width,
+    tiles,
     threshold,
     ties,
     FUSED: tl.constexpr,
@@ -69,7 +70,6 @@ def count_ties(
     COLUMNS: tl.constexpr,
 ):
     """ties, int32 [programs]: keys of each tile that equal the threshold."""
-    tiles = tl.cdiv(width, COLUMNS)
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     columns = tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
@@ -90,6 +90,7 @@ def apply_threshold(
     pruned_stride,
     mask,
     width,
+    tiles,
     threshold,
     pruned_ties,
     before,
@@ -104,10 +105,10 @@ def apply_threshold(
 ):
     """Keep what exceeds the threshold; with TIES, of those that equal it all but the first `pruned_ties`, of which
     `before`, int64 [programs], come before each tile."""
-    tiles = tl.cdiv(width, COLUMNS)
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     rows = row.to(tl.int64) + tl.zeros([1, 1], tl.int64)
-    columns = (tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    start = tile.to(tl.int64) * COLUMNS
+    columns = start + tl.arange(0, COLUMNS)[None, :]
     inside = columns < width
     norm_at = tl.minimum(columns, width - 1)
     keys, nan = load_keys(values, norms, rows * stride + columns, norm_at, inside, FUSED, WIDENED, MAGNITUDE, CEILING)
@@ -117,7 +118,7 @@ def apply_threshold(
         rank = tl.cumsum(equal.to(tl.int32), axis=1) + tl.load(before + tl.program_id(0))
         keep = keep | (equal & (rank > pruned_ties))
     write(
-        keep, rows, columns, inside, width, weight, pruned, weight_stride, pruned_stride, mask, PRUNES, PACKED,
+        keep, rows, rows >= 0, start, width, weight, pruned, weight_stride, pruned_stride, mask, PRUNES, PACKED,
         1, COLUMNS,
     )  # fmt: skip
 
@@ -130,8 +131,9 @@ def matrix_select(scores: Scores, k: int, target: Target) -> None:
     """
     height, width = target.shape
     columns = min(TILE, max(32, triton.next_power_of_2(width)))
-    grid = (height * triton.cdiv(width, columns),)
-    common = scores.arguments() | {"width": width, "COLUMNS": columns}
+    tiles = triton.cdiv(width, columns)
+    grid = (height * tiles,)
+    common = scores.arguments() | {"width": width, "tiles": tiles, "COLUMNS": columns}
     threshold, less, equal = _threshold(scores, k, grid, common)
     prunes_ties, before = k - less, None
     if straddled := prunes_ties < equal:

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autoprune.kernels.keys import INTEGERS, WIDENED, adjacent, as_float, tuned
+from autoprune.kernels import cpu, reference
+from autoprune.kernels.keys import INTEGERS, WIDENED, adjacent, as_float
 
 TILE = 1024  # numbers whose mean is taken before their deviations
 
@@ -35,14 +36,14 @@ class Moments:
     def of_rows(cls, rows: Tensor, width: int) -> Moments:
         """Merged from `row_moments` [rows, 4] of rows of `width` numbers."""
         mean, second, third, fourth = rows.cpu().unbind(1)
-        total = float(mean.mean()) if len(mean) else 0.0
+        total = _sum(mean) / len(mean) if len(mean) else 0.0
         d = mean - total
         return cls(
             len(mean) * width,
             total,
-            float((second + width * d**2).sum()),
-            float((third + 3 * d * second + width * d**3).sum()),
-            float((fourth + 4 * d * third + 6 * d**2 * second + width * d**4).sum()),
+            _sum(second + width * d**2),
+            _sum(third + 3 * d * second + width * d**3),
+            _sum(fourth + 4 * d * third + 6 * d**2 * second + width * d**4),
         )
 
     @classmethod
@@ -55,10 +56,10 @@ class Moments:
         mean = math.fsum(part.mean * part.count for part in parts) / count
         second = third = fourth = 0.0
         for part in parts:
-            d = part.mean - mean
-            second += part.second + part.count * d**2
-            third += part.third + 3 * d * part.second + part.count * d**3
-            fourth += part.fourth + 4 * d * part.third + 6 * d**2 * part.second + part.count * d**4
+            d, n = part.mean - mean, part.count
+            second += part.second + n * d * d
+            third += part.third + 3 * d * part.second + n * d * d * d
+            fourth += part.fourth + 4 * d * part.third + 6 * d * d * part.second + n * d * d * d * d
         return cls(count, mean, second, third, fourth)
 
     @property
@@ -72,21 +73,26 @@ class Moments:
     @property
     def skewness(self) -> float:
         """E[(x − μ)³] / σ³; 0 where x is constant, which leaves nothing but the rounding of its mean."""
-        return 0.0 if self._constant() else self.third / self.count / self.std**3
+        return 0.0 if self._constant() else self.third / self.count / self.std / self.std / self.std
 
     @property
     def kurtosis(self) -> float:
         """E[(x − μ)⁴] / σ⁴; 0 where x is constant."""
-        return 0.0 if self._constant() else self.fourth / self.count / self.std**4
+        return 0.0 if self._constant() else self.fourth / self.count / self.variance / self.variance
 
     def _constant(self) -> bool:
         return self.std <= 1e-12 * abs(self.mean)
 
 
+def _sum(values: Tensor) -> float:
+    """Rounded once, so in no order; NaN where it is not finite."""
+    return math.fsum(values.tolist()) if values.isfinite().all() else float(values.sum())
+
+
 def row_moments(weight: Tensor, norms: Tensor | None = None) -> Tensor:
     """Mean, M2, M3 and M4 of |W_ij|, or of |W_ij|·norm_j, of each row: fp64 [out, 4] on the device of the weight.
 
-    weight: [out, in], fp32, bf16 or fp16 (on a CPU fp64, too), with in > 0; norms: [in], of which fp64 is made.
+    weight: [out, in], floating (16 to 64 bits), with in > 0; norms: [in], of which fp64 is made.
     Products and sums are fp64. What is not finite makes its row's moments so.
     Raises ValueError for other shapes and dtypes.
     """
@@ -95,14 +101,13 @@ def row_moments(weight: Tensor, norms: Tensor | None = None) -> Tensor:
     if norms is not None and norms.shape != weight.shape[1:]:
         raise ValueError(f"a weight {tuple(weight.shape)} needs as many norms as columns, got {tuple(norms.shape)}")
     norms = None if norms is None else norms.to(weight.device)
+    if weight.device.type == "cuda" and weight.dtype in WIDENED:
+        return triton_row_moments(weight, norms)
     if weight.device.type == "cpu":
-        from autoprune.kernels.cpu import row_moments as on_cpu  # here: only a CPU needs numba
-
-        return on_cpu(weight, norms)
-    return triton_row_moments(weight, norms)
+        return cpu.row_moments(weight, norms)
+    return reference.row_moments(weight, norms)
 
 
-@tuned(["WEIGHTED", "WIDENED", "width"], warps=(1, 2, 4, 8))
 @triton.jit
 def moments_of_rows(
     values, norms, stride, width, moments, WEIGHTED: tl.constexpr, WIDENED: tl.constexpr, COLUMNS: tl.constexpr
@@ -140,11 +145,11 @@ def moments_of_rows(
 
 def triton_row_moments(weight: Tensor, norms: Tensor | None) -> Tensor:
     """`row_moments` by the kernel."""
-    if weight.dtype not in WIDENED:
-        raise ValueError(f"moments of {weight.dtype} are to be had on a CPU only")
     moments = torch.empty(weight.shape[0], 4, dtype=torch.float64, device=weight.device)
     values = adjacent(weight).view(INTEGERS[weight.element_size()])
-    if len(weight):
+    if not len(weight):
+        return moments
+    with torch.cuda.device_of(weight):
         moments_of_rows[(len(weight),)](
             values,
             values if norms is None else norms.double().contiguous(),
@@ -154,5 +159,6 @@ def triton_row_moments(weight: Tensor, norms: Tensor | None) -> Tensor:
             WEIGHTED=norms is not None,
             WIDENED=WIDENED[weight.dtype],
             COLUMNS=TILE,
+            num_warps=4,  # never tuned: the order of a sum follows from it
         )
     return moments

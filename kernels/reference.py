@@ -1,4 +1,5 @@
-"""What the fast kernels must equal bit for bit: pruning masks from a stable ascending sort."""
+"""What the fast kernels must equal, in plain torch on any device: pruning masks from a stable ascending sort, bit for
+bit, and moments, up to the rounding of fp64."""
 
 from __future__ import annotations
 
@@ -53,3 +54,12 @@ def halving_sum(terms: list[Tensor]) -> Tensor:
     if len(terms) % 2:
         sums[0] = sums[0] + terms[-1]
     return halving_sum(sums)
+
+
+def row_moments(weight: Tensor, norms: Tensor | None = None) -> Tensor:
+    """Mean, M2, M3 and M4 of |W_ij|, or of |W_ij|·norm_j, of each row: fp64 [out, 4], in two passes."""
+    values = weight.double().abs().contiguous()
+    values = values if norms is None else values * norms.double()
+    mean = values.mean(dim=1, keepdim=True)
+    powers = [((values - mean) ** power).sum(dim=1) for power in (2, 3, 4)]
+    return torch.stack([mean[:, 0], *powers], dim=1)

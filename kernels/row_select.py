@@ -81,7 +81,7 @@ def select_rows(
         equal = (keys == threshold) & (upto > k)[:, None]
         keep = keep | (equal & (tl.cumsum(equal.to(tl.int32), axis=1) > (k - below)[:, None]))
     write(
-        keep, rows, columns, inside, width, weight, pruned, weight_stride, pruned_stride, mask, PRUNES, PACKED,
+        keep, rows, rows < height, 0, width, weight, pruned, weight_stride, pruned_stride, mask, PRUNES, PACKED,
         ROWS, COLUMNS,
     )  # fmt: skip
 
@@ -157,8 +157,8 @@ def select_long_rows(
         keep = (keys > threshold) | (equal & (rank > (k - below)[:, None]))
         ranked += tl.sum(equal.to(tl.int32), axis=1)
         write(
-            keep, rows, columns, inside, width, weight, pruned, weight_stride, pruned_stride, mask, PRUNES, PACKED,
-            1, COLUMNS,
+            keep, rows, rows < height, start, width, weight, pruned, weight_stride, pruned_stride, mask, PRUNES,
+            PACKED, 1, COLUMNS,
         )  # fmt: skip
 
 

@@ -55,7 +55,10 @@ def prune(weight: Tensor, scores: Tensor, group: Group, sparsity: float, out: Te
     packed mask (`kernels.masks.pack`).
     Raises ValueError for scores that are not finite, and where n:m groups or rectangles do not divide the matrix.
     """
-    if not all(bound.isfinite() for bound in torch.aminmax(scores)):
+    largest = max(abs(float(bound)) for bound in torch.aminmax(scores))
+    if scores.ndim == 1:  # a product rounds to infinity, or is NaN, only where this one is
+        largest *= max(abs(float(bound)) for bound in torch.aminmax(weight))
+    if not largest <= torch.finfo(scores.dtype).max:
         raise ValueError("the scores are not finite on the target's weights")
 
     def share(size: int) -> int:

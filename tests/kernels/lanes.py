@@ -14,16 +14,22 @@ TRITON = [
     pytest.param("interpreter", marks=pytest.mark.skipif(CUDA, reason="the kernels run on CUDA here")),
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA")]),
 ]
-LANES = ["cpu", *TRITON]
+LANES = ["cpu", "other", *TRITON]  # other: any device that has kernels neither of its own nor of Triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WIDTHS = [1, 31, 32, 33, 576, 1000, 1536, 4096, 11008, 28672]
 
 
 @contextmanager
 def lane(name):
     """The device to put tensors on, while `masks` uses what the lane is for."""
-    kernels = {"cpu": set(), "interpreter": {"cpu"}, "cuda": {"cuda"}}[name]
-    with mock.patch.object(masks, "TRITON_DEVICES", kernels):
+    triton = {"interpreter": {"cpu"}, "cuda": {"cuda"}}.get(name, set())
+    with mock.patch.multiple(masks, TRITON_DEVICES=triton, CPU_DEVICES=set() if name == "other" else {"cpu"}):
         yield "cuda" if name == "cuda" else "cpu"
+
+
+def edges(size):
+    """Counts of pruned scores among `size`."""
+    return sorted({0, min(1, size), size // 2, int(0.6 * size), max(size - 1, 0), size})
 
 
 def random(*shape, dtype=torch.float32, seed=0, ties=False):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from unittest import mock
 
@@ -139,3 +140,14 @@ def test_without_a_folder_for_compiled_code_it_is_compiled_anyway():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "[[0, 1, 1], [0, 1, 1]]\n"
+
+
+def test_no_thread_writes_after_an_error():
+    weight = torch.ones(4000, 500)
+    weight[0, 0] = float("nan")
+    out = torch.zeros_like(weight)
+    with threads(2, SHARE=1), pytest.raises(ValueError, match="scores are NaN"):
+        masks.prune_rows(weight, torch.ones(500), 100, out)
+    found = out.clone()
+    time.sleep(0.2)
+    assert torch.equal(out, found)

@@ -232,7 +232,7 @@ def test_pruning_equals_mask_and_weight(name, case, in_place):
     full = weight.float().abs() * scores if scores.ndim == 1 else scores
     counts = (k, m) if kind == "n:m" else (k,)
     kept = {"row": reference.row_mask, "matrix": reference.matrix_mask, "n:m": reference.nm_mask}[kind](full, *counts)
-    expected = torch.where(kept, weight, torch.zeros_like(weight))
+    expected = torch.where(kept, weight, torch.zeros_like(weight)).contiguous()
     with lane(name) as device:
         own = weight.to(device, copy=True)
         wider = torch.full((len(own), own.shape[1] + 3), float("nan"), dtype=own.dtype, device=own.device)
@@ -245,8 +245,8 @@ def test_pruning_equals_mask_and_weight(name, case, in_place):
         assert torch.equal(bits, masks.pack(kept.to(device)))
     assert torch.equal(out.cpu(), expected) and (out is own or torch.equal(own.cpu(), weight))
     assert wider[:, weight.shape[1] :].isnan().all()
-    zeros = expected == 0  # the sign of what stays
-    assert torch.equal(out.cpu().signbit()[~zeros], expected.signbit()[~zeros])
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    assert torch.equal(out.cpu().contiguous().view(integers), expected.view(integers))  # a −0.0 that stays, too
 
 
 def test_tensors_that_do_not_belong_together_are_refused():
@@ -264,3 +264,67 @@ def test_tensors_that_do_not_belong_together_are_refused():
             prune(weight.int(), norms, 1)
         with pytest.raises(ValueError, match="within 0.."):
             prune(weight, norms, 9)
+
+
+@pytest.mark.parametrize("name", LANES)
+def test_parameters_and_trivial_counts(name):
+    with lane(name) as device:
+        for k in (0, 10, 32):
+            weight = torch.nn.Parameter(torch.ones(4, 32, device=device))
+            bits = masks.prune_rows(weight, torch.ones(32, device=device, requires_grad=True), k)
+            assert weight.tolist() == [[0.0] * k + [1.0] * (32 - k)] * 4
+            kept = masks.unpack(bits, (4, 32))
+            again = torch.nn.Parameter(torch.ones(4, 32, device=device))
+            assert torch.equal(masks.prune_masked(again, kept), bits) and torch.equal(again, weight)
+        empty = torch.zeros(3, 0, device=device)
+        assert len(masks.prune_masked(empty, empty.bool())) == len(masks.prune_rows(empty, torch.ones(0), 0)) == 0
+
+
+@pytest.mark.parametrize("name", LANES)
+def test_scores_that_share_memory_with_the_output(name):
+    whole = torch.randn(65, 64, generator=torch.Generator().manual_seed(0))
+    cases = {
+        "transposed": lambda w: (w[:64], w[:64].T, w[:64]),
+        "norms": lambda w: (w[:64], w[3].abs(), w[:64]),
+        "its row": lambda w: (w[:64].abs_(), w[3], w[:64]),
+        "shifted": lambda w: (w[:64], torch.ones(64, device=w.device), w[1:]),
+        "itself": lambda w: (w[:64], w[:64], w[:64]),
+    }
+    for what, of in cases.items():
+        for prune, mask in ((masks.prune_rows, reference.row_mask), (masks.prune_matrix, reference.matrix_mask)):
+            with lane(name) as device:
+                weight, scores, out = of(whole.to(device, copy=True))
+                before = weight.clone()
+                full = (before.abs() * scores if scores.ndim == 1 else scores).cpu()
+                expected = before.cpu().masked_fill(~mask(full, 40), 0)
+                prune(weight, scores, 40, out)
+                assert torch.equal(out.cpu(), expected), what
+
+
+@pytest.mark.parametrize("name", LANES)
+@pytest.mark.parametrize("k", [0, 3, 8])
+def test_nan_in_pruning_is_refused(name, k):
+    for where in ("weight", "norms", "scores", "product"):
+        weight, norms, scores = torch.ones(2, 8), torch.ones(8), torch.ones(2, 8)
+        if where == "product":
+            weight[1, 2], norms[2] = float("inf"), 0.0
+        else:
+            {"weight": weight, "norms": norms[None], "scores": scores}[where][-1, 2] = float("nan")
+        with lane(name) as device:
+            given = (weight.to(device), (scores if where == "scores" else norms).to(device))
+            for prune in (masks.prune_rows, masks.prune_matrix, lambda w, s, k: masks.prune_nm(w, s, k, 8)):
+                with pytest.raises(ValueError, match="scores are NaN"):
+                    prune(given[0].clone(), given[1], k)
+
+
+def test_a_mask_may_hold_any_byte():
+    mask = torch.tensor([[0, 1, 2, 255]], dtype=torch.uint8).view(torch.bool)
+    weight = torch.ones(1, 4)
+    assert masks.prune_masked(weight, mask).tolist() == [14] and weight.tolist() == [[0.0, 1.0, 1.0, 1.0]]
+
+
+def test_means_of_tiles_are_quotients():
+    """Not products with a rounded 1/9, by which these two would differ."""
+    tiles = torch.zeros(3, 6)
+    tiles[0, 0], tiles[0, 3] = 1.1250005960464478, 1.1250004768371582
+    assert not masks.tile_mask(tiles, 1, 3, 3)[:, :3].any()

@@ -9,16 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lanes import DTYPES, LANES, lane, random
 
-from autoprune.kernels import moments
+from autoprune.kernels import moments, reference
 from autoprune.kernels.moments import Moments, row_moments
-
-CPU_LANE = "cpu"
 
 
 def moments_on(name, weight, norms=None):
     with lane(name) as device:
-        if name == CPU_LANE:
-            return row_moments(weight, norms)
+        if name in ("cpu", "other"):
+            return {"cpu": row_moments, "other": reference.row_moments}[name](weight, norms)
         return moments.triton_row_moments(weight.to(device), None if norms is None else norms.to(device)).cpu()
 
 

@@ -2,17 +2,12 @@
 
 import pytest
 import torch
-from lanes import DTYPES, TRITON, lane, random
+from lanes import DTYPES, TRITON, WIDTHS, edges, lane, random
 
 from autoprune.kernels import masks, reference, row_select
 from autoprune.kernels.keys import Scores, Target
 
-WIDTHS = [1, 31, 32, 33, 576, 1000, 1536, 4096, 11008, 28672]
 pytestmark = pytest.mark.parametrize("name", TRITON)
-
-
-def edges(size):
-    return sorted({0, min(1, size), size // 2, int(0.6 * size), max(size - 1, 0), size})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,6 +63,24 @@ def test_layouts_and_rows_of_several_tiles(name, looped, monkeypatch):
         with lane(name) as device:
             for k in sorted({0, int(0.6 * scores.shape[1]), scores.shape[1]}):
                 assert torch.equal(masks.row_mask(scores.to(device), k).cpu(), reference.row_mask(scores, k)), k
+
+
+@pytest.mark.parametrize("width", [320, 300])
+def test_rows_of_several_tiles_are_pruned(name, width, monkeypatch):
+    monkeypatch.setattr(row_select, "LONGEST", 64)
+    monkeypatch.setattr(row_select, "LOOPED", 64)
+    weight, norms = random(2, width, dtype=torch.bfloat16, ties=True), random(width, seed=1).abs().round()
+    kept = reference.row_mask(weight.float().abs() * norms, 190)
+    with lane(name) as device:
+        out = torch.full_like(weight, float("nan"), device=device)
+        bits = masks.prune_rows(weight.to(device), norms.to(device), 190, out)
+        assert torch.equal(bits.cpu(), masks.pack(kept)) and torch.equal(out.cpu(), weight.masked_fill(~kept, 0))
+
+
+def test_the_longest_rows(name):
+    scores = random(1, 131_072, dtype=torch.float16)
+    with lane(name) as device:
+        assert torch.equal(masks.row_mask(scores.to(device), 80_000).cpu(), reference.row_mask(scores, 80_000))
 
 
 @pytest.mark.parametrize("looped", [False, True])
