@@ -22,6 +22,7 @@ WIDENED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # how a kerne
 # Beyond every key. Constants that kernels see are constexpr.
 BEYOND = tl.constexpr(0x7FFFFFFF)
 WORD = tl.constexpr(32)
+NUMBERS = 64  # of a tile, in each thread, at most
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,21 @@ def tuned(key: Sequence[str], warps: Sequence[int] = (4, 8, 16, 32)) -> Callable
         choices = warps[:1] if triton.knobs.runtime.interpret else warps
         written = [name for name in ("pruned", "mask", "counts") if name in kernel.arg_names]
         configs = [triton.Config({}, num_warps=count) for count in choices]
-        return triton.autotune(configs, key=list(key), restore_value=written, cache_results=True)(kernel)
+        return triton.autotune(
+            configs,
+            key=list(key),
+            restore_value=written,
+            cache_results=True,
+            prune_configs_by={"early_config_prune": _with_room},
+        )(kernel)
 
     return decorate
+
+
+def _with_room(configs: list, _: dict, **sizes: int) -> list:
+    """Those with which a tile fits into registers: others spill, and take minutes to compile."""
+    tile = sizes.get("COLUMNS", 1) * sizes.get("ROWS", 1) * sizes.get("GROUPS", 1) * sizes.get("PADDED", 1)
+    return [config for config in configs if tile <= NUMBERS * 32 * config.num_warps] or configs[-1:]
 
 
 @triton.jit
