@@ -166,35 +166,41 @@ def add_moments(rows: np.ndarray, norms: np.ndarray, moments: np.ndarray) -> Non
 
 
 @compiled
-def split(keys: np.ndarray, infinity: int, low: int, high: int, kept: np.ndarray, places: np.ndarray) -> int:
-    """Write which keys exceed `high` to `kept`, and where those from `low` to `high` are to `places`: how many.
+def gather(keys: np.ndarray, infinity: int, low: int, high: int, copies: np.ndarray) -> tuple[int, int]:
+    """How many keys do not exceed `low`, and how many others do not exceed `high`; the latter are written to `copies`.
 
-    keys: bits of floats without a sign; −1, and nothing of use, where one has a sign or is NaN.
+    infinity: of bits of floats, which are keys where none has a sign; where one has, or is NaN, the answer is −1 and
+    nothing of use. Of keys that are known to be such: −1.
     """
-    count, whole = 0, len(keys) // STEP * STEP
-    infinity, low, high = keys.dtype.type(infinity), keys.dtype.type(low), keys.dtype.type(high)
+    below, count, whole = 0, 0, len(keys) // STEP * STEP
+    unsigned = infinity >= 0
+    least, most = keys.dtype.type(0), keys.dtype.type(infinity)
+    low, high = keys.dtype.type(low), keys.dtype.type(high)
     outside = False
     for start in range(0, whole, STEP):
-        part, out = keys[start : start + STEP], kept[start : start + STEP]
-        between = np.int32(0)
+        part = keys[start : start + STEP]
+        lower = upto = np.int32(0)
         for j in range(STEP):
             key = part[j]
-            out[j] = key > high
-            between += np.int32(key >= low) & np.int32(key <= high)
-            outside |= (key < 0) | (key > infinity)
-        if between:  # few of these have any
+            lower += np.int32(key <= low)
+            upto += np.int32(key <= high)
+            outside |= (key < least) | (key > most)
+        below += lower
+        if upto > lower:  # few of these have any
             for j in range(STEP):
-                if part[j] >= low and part[j] <= high:
-                    places[count] = start + j
+                if part[j] > low and part[j] <= high:
+                    copies[count] = part[j]
                     count += 1
     for j in range(whole, len(keys)):
         key = keys[j]
-        kept[j] = key > high
-        outside |= (key < 0) | (key > infinity)
-        if key >= low and key <= high:
-            places[count] = j
+        below += key <= low
+        outside |= (key < least) | (key > most)
+        if key > low and key <= high:
+            copies[count] = key
             count += 1
-    return -1 if outside else count
+    if unsigned and outside:
+        return -1, -1
+    return below, count
 
 
 @functools.cache

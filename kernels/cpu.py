@@ -17,16 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoprune.kernels.threshold import bracket, find
+
 # The integers that hold the bits of each dtype of scores.
 BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
-# Scores that a CPU thread works on at a time: 1 MiB in fp32, which stays in a core's cache and keeps the memory beside
-# the scores small. Measured at 1536x8960: 5 to 25% faster than all rows at once.
-CHUNK = 1 << 18
+# Scores that a CPU thread works on at a time: 512 KiB in fp32, which stays in a core's cache and keeps the memory
+# beside the scores small. Measured at 1536x8960: 5 to 25% faster than all rows at once.
+CHUNK = 1 << 17
 SHARE = 1 << 17  # the fewest scores that a thread is woken for: measured, 110,000 take as long in one as in two
-LONG = 3 << 20  # a row of more scores is sampled first; shorter ones are faster without (3 and 5 ms at 2.4 million)
-SAMPLE = 1 << 16  # of a long row, at most
+LONG = 3 << 20  # a matrix of more scores is sampled first; smaller ones are faster without (3 and 5 ms at 2.4 million)
+SAMPLE = 1 << 16  # of a large matrix, at most
+ROOM = 64  # at most one in so many scores is copied to find a threshold
 WORD = 32  # weights in a word of a packed mask
+
+# Writes the mask of the rows from one to before another to bool [rows, width].
+Choose = Callable[[int, int, np.ndarray], None]
 
 
 @functools.cache
@@ -41,7 +47,7 @@ def nan_error() -> ValueError:
 class Scores:
     """Bits of scores [rows, width]: of what is given, or of |W_ij|·norm_j in fp32, made when they are asked for.
 
-    values: floating, contiguous where `flat` is used; norms: [width], or None. dtype: of the scores.
+    values: floating, any strides; norms: [width], or None. dtype: of the scores.
     """
 
     def __init__(self, values: Tensor, norms: Tensor | None = None) -> None:
@@ -55,30 +61,22 @@ class Scores:
         bits = np.ascontiguousarray(self._bits[start:stop])
         return bits if self._norms is None else self._fused(bits, self._norms)
 
-    def flat(self, index: slice | np.ndarray) -> np.ndarray:
-        """Contiguous; in row-major order. May be a view: not to be written to."""
-        bits = np.ascontiguousarray(self._bits.reshape(-1)[index])
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """Those at these places [n], in row-major order."""
+        rows, columns = np.divmod(places, self.shape[1])
+        bits = self._bits[rows, columns]
         if self._norms is None:
             return bits
-        if isinstance(index, slice):
-            first = index.start % len(self._norms)
-            return self._fused(bits, self._tiled[first : first + len(bits)])
-        return self._fused(bits, self._norms[index % len(self._norms)])
-
-    @functools.cached_property
-    def _tiled(self) -> np.ndarray:
-        """Norms over and over, for a chunk that starts in any column."""
-        return np.tile(self._norms, CHUNK // len(self._norms) + 2)
+        return self._fused(bits[None], self._norms[columns])[0]
 
     def _fused(self, bits: np.ndarray, norms: np.ndarray) -> np.ndarray:
         from autoprune.kernels.compiled import weighted  # here, since only a CPU needs numba, and it takes a second
 
         if self._dtype in (torch.float16, torch.float64):
             bits = bits.view(f"f{bits.itemsize}").astype(np.float32).view(np.int32)
-        rows = bits.reshape(-1, len(norms))
-        scores = np.empty(rows.shape, dtype=np.int32)
-        weighted(rows, norms, 16 if bits.itemsize == 2 else 0, scores)
-        return scores.reshape(bits.shape)
+        scores = np.empty(bits.shape, dtype=np.int32)
+        weighted(bits, norms, 16 if bits.itemsize == 2 else 0, scores)
+        return scores
 
 
 def _ordered(bits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -102,13 +100,14 @@ def _ordered(bits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return keys
 
 
-def _in_threads(work: Callable[[range], Any], length: int, scores: int) -> list:
+def _in_threads(work: Callable[[range], Any], length: int, scores: int, alone: bool = False) -> list:
     """What `work` returns for the consecutive parts of range(length), which stand for so many scores in all.
 
     One part per thread that torch is set to use, fewer where there is little to do; numpy lets go of the
-    interpreter's lock. Parts of a mask do not depend on each other, so their number changes nothing in it.
+    interpreter's lock. Parts of a mask do not depend on each other, so their number changes nothing in it; where they
+    do, the work is to be one thread's alone.
     """
-    parts = max(1, min(torch.get_num_threads(), length, scores // SHARE))
+    parts = 1 if alone else max(1, min(torch.get_num_threads(), length, scores // SHARE))
     ranges = [range(length * part // parts, length * (part + 1) // parts) for part in range(parts)]
     if parts == 1:
         return [work(ranges[0])]
@@ -128,40 +127,36 @@ def _pool(workers: int, process: int) -> ThreadPoolExecutor:
 
 def row_mask(scores: Scores, k: int) -> Tensor:
     """`masks.row_mask`. 0 < k < width."""
-    mask = np.empty(scores.shape, dtype=np.bool_)
-    if scores.shape[1] > LONG:
-        for index, kept in enumerate(mask):
-            values = torch.from_numpy(scores.rows(index, index + 1)).view(scores.dtype)
-            _long_row(Scores(values), k, kept)
-        return torch.from_numpy(mask)
-
-    def work(part: range) -> None:
-        for start, stop in _steps(part, scores.shape[1]):
-            _select(scores.rows(start, stop), scores.dtype, k, mask[start:stop])
-
-    _in_threads(work, scores.shape[0], mask.size)
-    return torch.from_numpy(mask)
+    return _mask(scores, lambda start, stop, kept: _select(scores.rows(start, stop), scores.dtype, k, kept))
 
 
 def matrix_mask(scores: Scores, k: int) -> Tensor:
-    """`masks.matrix_mask` of scores that are contiguous. 0 < k < numel."""
+    """`masks.matrix_mask`. 0 < k < numel."""
+    height, width = scores.shape
+    if height * width > LONG:
+        return _mask(scores, *_by_threshold(scores, k))
     mask = np.empty(scores.shape, dtype=np.bool_)
-    if mask.size > LONG:
-        _long_row(scores, k, mask.reshape(-1))
-    else:
-        _select(scores.rows(0, len(mask)).reshape(1, -1), scores.dtype, k, mask.reshape(1, -1))
+    _select(scores.rows(0, height).reshape(1, -1), scores.dtype, k, mask.reshape(1, -1))
     return torch.from_numpy(mask)
 
 
 def nm_mask(scores: Scores, n: int, m: int, pairwise: bool) -> Tensor:
     """`masks.nm_mask`, by comparing all pairs, or as many short rows. 0 < n < m, which divides the width."""
+
+    def choose(start: int, stop: int, kept: np.ndarray) -> None:
+        _select_groups(scores.rows(start, stop), scores.dtype, n, m, pairwise, kept)
+
+    return _mask(scores, choose)
+
+
+def _mask(scores: Scores, choose: Choose, alone: bool = False) -> Tensor:
     mask, width = np.empty(scores.shape, dtype=np.bool_), scores.shape[1]
 
     def work(part: range) -> None:
         for start, stop in _steps(part, width):
-            _select_groups(scores.rows(start, stop), scores.dtype, n, m, pairwise, mask[start:stop])
+            choose(start, stop, mask[start:stop])
 
-    _in_threads(work, scores.shape[0], mask.size)
+    _in_threads(work, scores.shape[0], mask.size, alone)
     return torch.from_numpy(mask)
 
 
@@ -173,9 +168,14 @@ def _steps(part: range, width: int, unit: int = 1) -> list[tuple[int, int]]:
 
 def prune_rows(weight: Tensor, scores: Scores, k: int, pruned: Tensor) -> Tensor:
     """`masks.prune_rows`. 0 < k < width."""
-    if weight.shape[1] > LONG:
-        return apply(weight, row_mask(scores, k), pruned)
     return _prune(weight, pruned, lambda start, stop, kept: _select(scores.rows(start, stop), scores.dtype, k, kept))
+
+
+def prune_matrix(weight: Tensor, scores: Scores, k: int, pruned: Tensor) -> Tensor:
+    """`masks.prune_matrix`. 0 < k < numel."""
+    if weight.numel() > LONG:
+        return _prune(weight, pruned, *_by_threshold(scores, k))
+    return apply(weight, matrix_mask(scores, k), pruned)
 
 
 def prune_nm(weight: Tensor, scores: Scores, n: int, m: int, pairwise: bool, pruned: Tensor) -> Tensor:
@@ -193,8 +193,7 @@ def apply(weight: Tensor, mask: Tensor, pruned: Tensor) -> Tensor:
     return _prune(weight, pruned, lambda start, stop, kept: np.copyto(kept, kept_rows[start:stop]))
 
 
-def _prune(weight: Tensor, pruned: Tensor, choose: Callable[[int, int, np.ndarray], None]) -> Tensor:
-    """choose: writes the mask of the rows from one to before another to bool [rows, width]."""
+def _prune(weight: Tensor, pruned: Tensor, choose: Choose, alone: bool = False) -> Tensor:
     from autoprune.kernels.compiled import keep_only
 
     height, width = weight.shape
@@ -213,7 +212,7 @@ def _prune(weight: Tensor, pruned: Tensor, choose: Callable[[int, int, np.ndarra
             first = start * width // 8
             packed[first : first + len(bits)] = bits
 
-    _in_threads(work, -(-height // unit), source.size)
+    _in_threads(work, -(-height // unit), source.size, alone)
     return torch.from_numpy(words)
 
 
@@ -246,46 +245,60 @@ def _select(bits: np.ndarray, dtype: torch.dtype, k: int, kept: np.ndarray) -> N
         raise nan_error()
 
 
-def _long_row(scores: Scores, k: int, kept: np.ndarray) -> None:
-    """Write the mask of all scores, as one row, to `kept` [numel]. 0 < k < numel.
+def _by_threshold(scores: Scores, k: int) -> tuple[Choose, bool]:
+    """How to choose the k lowest of all scores, and whether rows must be chosen in order, since ties are parted."""
+    threshold, less, equal = _threshold(scores, k)
+    left, parted = k - less, k - less < equal  # how many of those that equal the threshold are still to be pruned
 
-    A sample says between which two values the threshold lies, but for rare cases; only the scores between them, a few
-    in a hundred, need a closer look. The sample decides how long it takes, never the result.
-    """
-    from autoprune.kernels.compiled import split
+    def choose(start: int, stop: int, kept: np.ndarray) -> None:
+        nonlocal left
+        keys = _ordered(scores.rows(start, stop), scores.dtype)
+        np.greater(keys, threshold, out=kept)
+        if parted:
+            ties = np.flatnonzero(keys == threshold)
+            kept.reshape(-1)[ties[left:]] = True
+            left = max(0, left - len(ties))
 
-    width = len(kept)
-    size = min(SAMPLE, max(1, width // 128))
-    sample = np.sort(_ordered(scores.flat(np.random.default_rng(0).integers(width, size=size)), scores.dtype))
-    middle = k * size // width
-    margin = 4 * math.sqrt(size * k / width * (1 - k / width)) + 1  # four standard deviations of a rank
-    low, high = sample[max(0, int(middle - margin))], sample[min(size - 1, int(middle + margin))]
-    equal, infinity = low == high, bits_of(math.inf, scores.dtype)
+    return choose, parted
 
-    def work(part: range) -> list[np.ndarray]:
-        """Of this part: where the scores between the two values are."""
-        found, room = [], np.empty(min(CHUNK, len(part)), dtype=np.int64)
-        for start in part[::CHUNK]:
-            here = slice(start, min(start + CHUNK, part.stop))
-            bits = scores.flat(here)
-            count = split(bits, infinity, low, high, kept[here], room)
-            if count < 0:
-                keys = _ordered(bits, scores.dtype)
-                np.greater(keys, high, out=kept[here])
-                places = np.flatnonzero((keys >= low) ^ kept[here])
-            else:
-                places = room[:count]
-            found.append(start + places)
-        return found
 
-    inside = np.concatenate(sum(_in_threads(work, width, width), []))
-    count = k - (width - np.count_nonzero(kept) - len(inside))  # to prune of those inside
-    if not 0 <= count <= len(inside):
-        inside, count, equal = np.arange(width), k, False
-    chosen = np.arange(len(inside))[None] >= count
-    if not equal and 0 < count < len(inside):
-        _select(scores.flat(inside)[None], scores.dtype, count, chosen)
-    kept[inside] = chosen[0]
+def _threshold(scores: Scores, k: int) -> tuple[int, int, int]:
+    """The k-th lowest key, how many are lower, and how many equal it. 0 < k < numel."""
+    from autoprune.kernels.compiled import gather
+
+    height, width = scores.shape
+    numel, infinity = height * width, bits_of(math.inf, scores.dtype)
+    places = np.random.default_rng(0).integers(numel, size=min(SAMPLE, max(1, numel // 128)))
+    sample = np.sort(_ordered(scores.at(places), scores.dtype))
+    room = max(1, numel // ROOM)
+
+    def count(low: int, high: int):
+        def work(part: range) -> tuple[int, int, list[np.ndarray]]:
+            below, inside, copies = 0, 0, []
+            for start, stop in _steps(part, width):
+                bits = scores.rows(start, stop).reshape(-1)
+                own = np.empty(len(bits), bits.dtype)
+                lower, here = gather(bits, infinity, low, high, own)
+                if lower < 0:
+                    lower, here = gather(_ordered(bits, scores.dtype), -1, low, high, own)
+                below, inside = below + lower, inside + here
+                if inside <= room:
+                    copies.append(own[:here].copy())
+            return below, inside, copies
+
+        parts = _in_threads(work, height, numel)
+        below, inside = (sum(part[i] for part in parts) for i in (0, 1))
+
+        def pick(rank: int) -> tuple[int, int, int]:
+            copies = np.concatenate(sum((part[2] for part in parts), []))
+            copies.partition(rank)
+            key = copies[rank]
+            return int(key), np.count_nonzero(copies < key), np.count_nonzero(copies == key)
+
+        return below, inside, pick if inside <= room else None
+
+    low, high = bracket(sample, k / numel, -infinity - 1, infinity)
+    return find(k, -infinity - 1, infinity, low, high, count)
 
 
 def _select_groups(bits: np.ndarray, dtype: torch.dtype, n: int, m: int, pairwise: bool, kept: np.ndarray) -> None:

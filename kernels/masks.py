@@ -62,7 +62,7 @@ def matrix_mask(scores: Tensor, k: int) -> Tensor:
 
         return _selected(matrix_select, flat, k).reshape(scores.shape)
     if scores.device.type in CPU_DEVICES:
-        return cpu.matrix_mask(cpu.Scores(flat), k).reshape(scores.shape)
+        return cpu.matrix_mask(cpu.Scores(scores.reshape(-1, scores.shape[-1])), k).reshape(scores.shape)
     return reference.matrix_mask(_without_nan(scores), k)
 
 
@@ -136,8 +136,7 @@ def prune_matrix(weight: Tensor, scores: Tensor, k: int, out: Tensor | None = No
 
         return _pruned(matrix_select, weight, scores, out, k)
     if weight.device.type in CPU_DEVICES:
-        mask = cpu.matrix_mask(_cpu_scores(weight.contiguous(), scores.contiguous()), k)
-        return cpu.apply(weight, mask, out)
+        return cpu.prune_matrix(weight, _cpu_scores(weight, scores), k, out)
     return _apply(weight, matrix_mask(_score_matrix(weight, scores), k), out)
 
 

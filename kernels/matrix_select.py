@@ -12,8 +12,11 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from autoprune.kernels.keys import Scores, Target, keys_of, load_keys, refuse_nan, tuned, write
+from autoprune.kernels.cpu import nan_error
+from autoprune.kernels.keys import Scores, Target, keys_of, load_keys, tuned, write
+from autoprune.kernels.threshold import bracket, find
 
 TILE = 4096  # scores per program
 SAMPLE = 1 << 17  # at most; of small matrices a sixteenth
@@ -154,34 +157,29 @@ def _threshold(scores: Scores, k: int, grid: tuple[int], common: dict) -> tuple[
     numel = scores.values.numel()
     room = max(numel // SHARE, 1024)
     copies = torch.empty(room, dtype=torch.int32, device=scores.device)
-    lowest, highest = -scores.ceiling - 1, scores.ceiling  # fewer than k keys do not exceed the one; k do the other
-    low, high = _bracket(scores, k, lowest, highest)
-    while True:
+
+    def count(low: int, high: int):
         counts = torch.zeros(3, dtype=torch.int64, device=scores.device)
         count_and_copy[grid](**common, low=low, high=high, room=room, counts=counts, copies=copies)
-        below, between, nan = counts.tolist()
-        refuse_nan(torch.tensor(nan))
-        if below < k <= below + between:
-            if between <= room:
-                break
-            lowest, highest = low, high
-            if low + 1 == high:  # all of them are equal
-                return high, below, between
-            high = (low + high) // 2
-        elif below >= k:
-            low, high = lowest, low
-            highest = high
-        else:
-            low, high = high, highest
-            lowest = low
-    found = copies[:between].sort().values
-    threshold = int(found[k - below - 1])
-    first, last = (int(torch.searchsorted(found, threshold, right=right)) for right in (False, True))
-    return threshold, below + first, last - first
+        below, inside, nan = counts.tolist()
+        if nan:
+            raise nan_error()
+
+        def pick(rank: int) -> tuple[int, int, int]:
+            found = copies[:inside].sort().values
+            key = int(found[rank])
+            first, last = (int(torch.searchsorted(found, key, right=right)) for right in (False, True))
+            return key, first, last - first
+
+        return below, inside, pick if inside <= room else None
+
+    lowest, highest = -scores.ceiling - 1, scores.ceiling
+    low, high = bracket(_sample(scores).tolist(), k / numel, lowest, highest)
+    return find(k, lowest, highest, low, high, count)
 
 
-def _bracket(scores: Scores, k: int, lowest: int, highest: int) -> tuple[int, int]:
-    """Between which keys the k-th lowest probably lies: above the one, not above the other."""
+def _sample(scores: Scores) -> Tensor:
+    """Some of the keys, sorted."""
     height, width = scores.values.shape
     size = max(1, min(SAMPLE, height * width // SHARE))
     # Spread evenly by the golden ratio, whatever the width: at regular distances it would see a few columns only.
@@ -191,10 +189,4 @@ def _bracket(scores: Scores, k: int, lowest: int, highest: int) -> tuple[int, in
     values = scores.values[rows, columns]
     if scores.norms is not None:
         values = values.float().abs() * scores.norms[columns]
-    keys = keys_of(values).sort().values
-    share = k / (height * width)
-    margin = 4 * math.sqrt(size * share * (1 - share)) + 1  # four standard deviations of a rank
-    first, last = int(share * size - margin), int(share * size + margin)
-    low = lowest if first < 0 else max(lowest, int(keys[first]) - 1)
-    high = highest if last >= size else min(highest, int(keys[last]))
-    return low, max(high, low + 1)
+    return keys_of(values).sort().values

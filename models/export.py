@@ -91,8 +91,8 @@ def export(
     """Write the pruned model as a folder; returns the sidecar's content.
 
     write_shards: writes one safetensors file per given path and returns reports by layer ({layer: {"numel",
-    "pruned"}}). sparsities: as planned, per block and layer. details: what else the sidecar records (calibration, model
-    name, …).
+    "pruned", …}}). sparsities: as planned, per block and layer. details: what else the sidecar records (calibration,
+    model name, …).
     Raises InputError where `out` cannot be written; nothing half-written is left.
     """
     with whole_folder(out) as folder:

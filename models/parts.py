@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from autoprune.kernels.distance import digest
 from autoprune.models.blocks import DecoderRange
 from autoprune.models.checkpoint_files import read_tensors
 from autoprune.models.layers import Layer
@@ -23,7 +24,7 @@ class PartWriter:
     def __init__(self, model: DecoderRange, paths: list[Path]) -> None:
         self.model = model
         self.paths = paths
-        self.layers: dict[str, dict] = {}  # by name: numel and pruned weights
+        self.layers: dict[str, dict] = {}  # by name: numel, pruned weights, and the mask's digest (kernels.distance)
         self._tensors: dict[str, Tensor] = read_tensors(model.folder, model.outside_names())
 
     def add(self, index: int, layers: list[Layer], choice: BlockChoice) -> None:
@@ -33,7 +34,11 @@ class PartWriter:
             mask, updated = choice.mask(layer.name), choice.updated.get(layer.name)
             layer.store(tensors, mask.cpu(), None if updated is None else updated.cpu())
             name = f"{self.model.block_prefix}.{self.model.start + index}.{layer.name}"
-            self.layers[name] = {"numel": mask.numel(), "pruned": mask.numel() - int(mask.sum())}
+            self.layers[name] = {
+                "numel": mask.numel(),
+                "pruned": mask.numel() - int(mask.sum()),
+                "mask": f"{digest(choice.bits[layer.name]):016x}",
+            }
             if layer.name in choice.fallbacks:
                 self.layers[name]["fallback"] = "magnitude"
             if layer.name in choice.dead:

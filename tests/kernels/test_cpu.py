@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from contextlib import contextmanager
 from unittest import mock
 
@@ -151,3 +152,27 @@ def test_no_thread_writes_after_an_error():
     found = out.clone()
     time.sleep(0.2)
     assert torch.equal(out, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ties", [False, True])
+def test_pruning_takes_little_memory(dtype, ties):
+    """Less than a quarter of the weight, beside it and the output: numpy's arrays, which are all that is made."""
+    weight = torch.randn(3000, 4096, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if ties:
+        weight[::2] = 0
+    norms, out = torch.rand(4096, generator=torch.Generator().manual_seed(1)), torch.empty_like(weight)
+    prunings = {
+        "rows": lambda: masks.prune_rows(weight, norms, 2000, out),
+        "matrix": lambda: masks.prune_matrix(weight, norms, weight.numel() // 3, out),
+        "n:m": lambda: masks.prune_nm(weight, norms, 2, 4, out),
+    }
+    for name, prune in prunings.items():
+        prune()  # compiles
+        tracemalloc.start()
+        try:
+            prune()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < weight.numel() * weight.element_size() / 4, f"{name}: {peak / 1e6:.1f} MB"

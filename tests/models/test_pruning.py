@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.algorithms.updates import DAMPING
+from autoprune.kernels.distance import digest
+from autoprune.kernels.masks import pack
 from autoprune.models import calibration, masking, shelf
 from autoprune.models.blocks import DecoderRange
 from autoprune.models.corpora import load_corpus, token_windows
@@ -128,6 +130,7 @@ def test_masks_of_a_family_equal_plain_loops(tmp_path, text, family, offload):
         assert ("fallback" in sidecar["layers"][name]) == few
         mask = loop_mask(weight, torch.ones(weight.shape[1]) if few else inputs.norm(name), 0.5)
         assert torch.equal(pruned[name], weight * mask), name
+        assert sidecar["layers"][name]["mask"] == f"{digest(pack(mask)):016x}"
     kept = {name: value for name, value in dense.state_dict().items() if not changes(name, inputs.weights)}
     after = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
     assert all(torch.equal(after[name], value) for name, value in kept.items()), "something else was changed"
