@@ -1,4 +1,4 @@
-"""Generators: who writes candidate algorithms. vLLM inside a Ray actor, an OpenAI-compatible server, or a script.
+"""Generators: who writes candidates. vLLM inside a Ray actor, an OpenAI-compatible server, chance, or a script.
 
 Each has `generate(requests) -> answers per request` and `stop()`.
 """
@@ -6,12 +6,15 @@ Each has `generate(requests) -> answers per request` and `stop()`.
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from autoprune.actors.guard import guard_session
 from autoprune.actors.messages import Answer, Request, last_line
+from autoprune.algorithms.derivation import derive
+from autoprune.algorithms.grammar import answer_rules
 from autoprune.models.errors import InputError, Lost
 from autoprune.models.loading import resolve_model
 from autoprune.models.pruning import native_dtype
@@ -178,6 +181,29 @@ class OpenAIGenerator:
 
     def stop(self) -> None:
         self._client.close()
+
+
+class GrammarGenerator:
+    """Draws its answers from the grammar at random, whatever the prompt says: what a language model has to beat.
+
+    The n-th answer of a search follows from the seed and n alone.
+    """
+
+    THOUGHT = "drawn from the grammar at random"
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
+        return [self._answers(request) for request in requests]
+
+    def _answers(self, request: Request) -> list[Answer]:
+        rules = answer_rules(parts=request.parts, statistics=request.statistics)
+        sources = (random.Random(f"{self._seed}/answer {request.offset + index}") for index in range(request.n))
+        return [Answer(derive(rules, source, lambda _: self.THOUGHT)) for source in sources]
+
+    def stop(self) -> None:
+        pass
 
 
 class ScriptedGenerator:

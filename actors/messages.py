@@ -11,6 +11,7 @@ class Request:
 
     messages: (role, text) pairs, as chat templates take them. grammar: GBNF text that constrains decoding, or None.
     brief: what the grammar would enforce, in words, for a server that takes no grammar.
+    parts, statistics: what the grammar was made of (see `algorithms.grammar.answer_rules`).
     offset: how many answers the search asked for before, so that a script goes on where a stopped search was.
     """
 
@@ -21,6 +22,8 @@ class Request:
     grammar: str | None = None
     offset: int = 0
     brief: str = ""
+    parts: tuple[str, ...] = ()
+    statistics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

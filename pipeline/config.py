@@ -15,7 +15,7 @@ import yaml
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
 from autoprune.models.errors import InputError
 
-GENERATOR_KINDS = ("vllm", "openai", "scripted")
+GENERATOR_KINDS = ("vllm", "openai", "grammar", "scripted")
 ALLOCATIONS = ("sdsa", "written")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -38,7 +38,8 @@ class Generator:
     """Who writes candidates.
 
     kind: "vllm" serves `model` in a Ray actor, "openai" asks the server at `base_url` for `model` (its key is read
-    from the environment variable `api_key_variable`), "scripted" reads `answers`, a file.
+    from the environment variable `api_key_variable`), "grammar" draws algorithms from the grammar at random, without a
+    language model, "scripted" reads `answers`, a file.
     temperature: of the first round; it rises by `heat` with each further round of a generation.
     max_model_len, kv_cache_gib (on a CPU) and engine (further arguments of vLLM's AsyncEngineArgs) are for "vllm".
     """

@@ -34,6 +34,7 @@ from autoprune.pipeline.report import write_report
 from autoprune.pipeline.search import CHECKPOINT, JOURNAL, Search
 
 CONFIG_FILE = "config.yaml"
+WRITERS = {"scripted": "scripted answers", "grammar": "the grammar, at random"}  # that are no models
 SPLITS = ("calibration", "fitness", "report")
 
 
@@ -106,11 +107,13 @@ def absolute(name: str) -> str:
 
 def _prepare_generator(config: Config):
     """The generator, or None where it is an actor that starts later and whose model has been found to exist."""
-    from autoprune.actors.generator import OpenAIGenerator, ScriptedGenerator
+    from autoprune.actors.generator import GrammarGenerator, OpenAIGenerator, ScriptedGenerator
 
     settings = config.generator
     if settings.kind == "openai":
         return OpenAIGenerator(settings.base_url, settings.model, settings.api_key_variable)
+    if settings.kind == "grammar":
+        return GrammarGenerator(config.seed)
     if settings.kind == "scripted":
         return ScriptedGenerator(Path(settings.answers))
     resolve_model(settings.model)
@@ -295,7 +298,7 @@ def _conclude(
         "name": config.name,
         "config": config.to_dict(),
         "target": config.target.model,
-        "generator": config.generator.model if config.generator.kind != "scripted" else "scripted answers",
+        "generator": WRITERS.get(config.generator.kind, config.generator.model),
         "sparsity": config.target.sparsity,
         "dtype": config.target.dtype,
         "context": config.data.context,

@@ -210,6 +210,8 @@ class Search:
             grammar=answer_grammar(parts=slot.parts, statistics=self.config.search.statistics),
             brief=brief("allocate" in slot.parts),
             offset=offset,
+            parts=slot.parts,
+            statistics=self.config.search.statistics,
         )
 
     def _ask(self, generation: int, round_: int, slots: list[Slot]) -> list[list[Answer]]:

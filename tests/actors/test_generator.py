@@ -6,8 +6,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from autoprune.actors.generator import OpenAIGenerator
+from autoprune.actors.generator import GrammarGenerator, OpenAIGenerator
 from autoprune.actors.messages import Request
+from autoprune.algorithms.answers import parse_answer
+from autoprune.algorithms.grammar import PARTS, WRITTEN_PARTS
 
 
 class NoGrammar(BaseHTTPRequestHandler):
@@ -60,3 +62,19 @@ def test_a_server_without_grammars_is_told_in_words(server):
     generator.generate([request])  # the refusal is remembered
     assert len(NoGrammar.asked) == 3 and "structured_outputs" not in NoGrammar.asked[-1]
     generator.stop()
+
+
+@pytest.mark.parametrize("parts", [PARTS, WRITTEN_PARTS])
+def test_what_chance_writes_follows_from_the_seed_and_its_place(parts):
+    def request(n, offset):
+        return Request((), n, 1.0, 100, offset=offset, parts=parts, statistics=("x_norm",))
+
+    generator = GrammarGenerator(3)
+    (first,), (rest, last) = generator.generate([request(2, 0)]), generator.generate([request(5, 2), request(1, 7)])
+    (whole,) = GrammarGenerator(3).generate([request(8, 0)])
+    assert first + rest + last == whole and len({answer.text for answer in whole}) == 8
+    assert GrammarGenerator(4).generate([request(8, 0)]) != [whole]
+    for answer in whole:
+        proposal = parse_answer(answer.text, parts)
+        assert proposal.hypothesis == GrammarGenerator.THOUGHT
+        assert bool(proposal.algorithm.allocation.source) == ("allocate" in parts)

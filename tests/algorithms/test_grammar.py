@@ -13,7 +13,8 @@ import torch
 
 from autoprune.algorithms.answers import parse_answer
 from autoprune.algorithms.cost import dry_run
-from autoprune.algorithms.grammar import WRITTEN_PARTS, Ref, Words, answer_grammar, answer_rules
+from autoprune.algorithms.derivation import derive
+from autoprune.algorithms.grammar import WRITTEN_PARTS, Ref, answer_grammar, answer_rules
 from autoprune.algorithms.language import LanguageError, parse, parse_allocation
 from autoprune.algorithms.operations import BY_NAME, OPERATIONS
 from autoprune.algorithms.probe import probe, probe_allocation
@@ -29,18 +30,14 @@ HEAD = (
 OFFERS = [DEFAULT_STATISTICS, tuple(STATISTICS), ("g_rms",), ("h_inv_diag", "x_kurtosis"), ()]
 
 
-def sample(rules, source, rule="root"):
-    """One derivation, every alternative of a rule equally likely."""
-    text = []
-    for item in source.choice(rules[rule]):
-        if isinstance(item, Ref):
-            text.append(sample(rules, source, item.rule))
-        elif isinstance(item, Words):
-            lengths = [source.randint(1, item.longest) for _ in range(source.randint(item.least, item.most))]
-            text.append(" ".join("".join(chr(source.randint(33, 126)) for _ in range(n)) for n in lengths))
-        else:
-            text.append(item)
-    return "".join(text)
+def sample(rules, source):
+    """One derivation, with words of any characters."""
+
+    def words(item):
+        lengths = [source.randint(1, item.longest) for _ in range(source.randint(item.least, item.most))]
+        return " ".join("".join(chr(source.randint(33, 126)) for _ in range(n)) for n in lengths)
+
+    return derive(rules, source, words)
 
 
 @pytest.fixture(scope="module")

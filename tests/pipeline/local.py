@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from autoprune.actors.evaluator import EvaluatorShard
-from autoprune.actors.generator import ScriptedGenerator
+from autoprune.actors.generator import GrammarGenerator, ScriptedGenerator
 from autoprune.actors.messages import Evaluation
 from autoprune.models.masking import planned_sparsities
 from autoprune.pipeline.config import Config, Data, Generator, SearchPlan, Target
@@ -87,5 +87,6 @@ def local_search(folder: Path, evaluator: LocalEvaluator, config: Config | None 
     """config: other than `small_config`, in the same folder."""
     config = config or small_config(folder)
     config.folder.mkdir(parents=True, exist_ok=True)
-    generator = ScriptedGenerator(Path(config.generator.answers))
+    by_chance = config.generator.kind == "grammar"
+    generator = GrammarGenerator(config.seed) if by_chance else ScriptedGenerator(Path(config.generator.answers))
     return Search(config, config.folder, generator, evaluator, ListTracker(), SilentProgress())

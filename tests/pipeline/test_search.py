@@ -153,6 +153,19 @@ def score(W, x_norm):
     return m0 / (c0 +"""
 
 
+def test_a_search_by_chance_needs_no_model_and_follows_from_its_seed(tmp_path, fresh):
+    config = small_config(tmp_path)
+    searches = []
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        own = replace(config, name=name, seed=seed, generator=replace(config.generator, kind="grammar"))
+        searches.append(local_search(tmp_path, fresh, own))
+        searches[-1].run()
+    one, two, other = ([(c.algorithm, c.status) for c in search.lineage] for search in searches)
+    assert one == two != other
+    written = [c for c in searches[0].lineage if c.operator != "seed"]
+    assert len(written) >= 9 and all(c.algorithm is not None for c in written), "whatever is drawn can be read"
+
+
 def test_allocations_are_written_where_that_is_asked_for(tmp_path, fresh):
     """A function of its own for each of the answers that hold one, kept or replaced as the operator says."""
     (tmp_path / "answers.txt").write_text(CODESIGN)
