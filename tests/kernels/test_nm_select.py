@@ -23,7 +23,7 @@ def test_masks_equal_stable_sort(name, dtype, m):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "m"), [(576, 4), (1536, 8), (576, 3), (11008, 4), (32, 32), (28672, 16), (36, 4)])
+@pytest.mark.parametrize(("width", "m"), [(576, 4), (1536, 8), (576, 3), (11008, 4), (32, 32), (28672, 4), (36, 4)])
 def test_fused_scores_prune_a_poisoned_output(name, dtype, width, m):
     weight, norms = random(2, width, dtype=dtype), random(width, seed=1).abs()
     with lane(name) as device:
