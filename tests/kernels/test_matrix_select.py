@@ -39,7 +39,7 @@ def test_fused_scores_prune_a_poisoned_output(name, dtype, width):
 @pytest.mark.parametrize("values", ["sample below", "sample above", "one value", "two values", "half equal"])
 def test_a_misleading_sample_changes_nothing(name, values):
     """What the sample sees lies far from the rest, or too many lie in its bracket."""
-    size = 20_000
+    size = 9_000
     scores = random(1, size)
     places = torch.arange(size // matrix_select.SHARE, dtype=torch.float64)
     places = ((places * (5**0.5 - 1) / 2).frac() * size).long()

@@ -23,7 +23,7 @@ def test_masks_equal_stable_sort(name, dtype, width):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", WIDTHS[::2] + WIDTHS[-1:])
 def test_fused_scores_prune_a_poisoned_output(name, dtype, width):
     weight, norms = random(2, width, dtype=dtype), random(width, seed=1).abs()
     with lane(name) as device:
@@ -58,7 +58,7 @@ def test_layouts_and_rows_of_several_tiles(name, looped, monkeypatch):
     if looped:
         monkeypatch.setattr(row_select, "LONGEST", 64)
         monkeypatch.setattr(row_select, "LOOPED", 64)
-    wide = random(4, 200, ties=True)
+    wide = random(3, 150, ties=True)
     for scores in (wide, wide[:, ::2], wide[::2], wide.T[:9], wide[:, 7:100], wide[:0], wide[:, :0]):
         with lane(name) as device:
             for k in sorted({0, int(0.6 * scores.shape[1]), scores.shape[1]}):
