@@ -127,7 +127,7 @@ def _pool(workers: int, process: int) -> ThreadPoolExecutor:
 
 def row_mask(scores: Scores, k: int) -> Tensor:
     """`masks.row_mask`. 0 < k < width."""
-    return _mask(scores, lambda start, stop, kept: _select(scores.rows(start, stop), scores.dtype, k, kept))
+    return _mask(scores, _by_row(scores, k))
 
 
 def matrix_mask(scores: Scores, k: int) -> Tensor:
@@ -142,11 +142,7 @@ def matrix_mask(scores: Scores, k: int) -> Tensor:
 
 def nm_mask(scores: Scores, n: int, m: int, pairwise: bool) -> Tensor:
     """`masks.nm_mask`, by comparing all pairs, or as many short rows. 0 < n < m, which divides the width."""
-
-    def choose(start: int, stop: int, kept: np.ndarray) -> None:
-        _select_groups(scores.rows(start, stop), scores.dtype, n, m, pairwise, kept)
-
-    return _mask(scores, choose)
+    return _mask(scores, _by_group(scores, n, m, pairwise))
 
 
 def _mask(scores: Scores, choose: Choose, alone: bool = False) -> Tensor:
@@ -168,7 +164,7 @@ def _steps(part: range, width: int, unit: int = 1) -> list[tuple[int, int]]:
 
 def prune_rows(weight: Tensor, scores: Scores, k: int, pruned: Tensor) -> Tensor:
     """`masks.prune_rows`. 0 < k < width."""
-    return _prune(weight, pruned, lambda start, stop, kept: _select(scores.rows(start, stop), scores.dtype, k, kept))
+    return _prune(weight, pruned, _by_row(scores, k))
 
 
 def prune_matrix(weight: Tensor, scores: Scores, k: int, pruned: Tensor) -> Tensor:
@@ -180,11 +176,7 @@ def prune_matrix(weight: Tensor, scores: Scores, k: int, pruned: Tensor) -> Tens
 
 def prune_nm(weight: Tensor, scores: Scores, n: int, m: int, pairwise: bool, pruned: Tensor) -> Tensor:
     """`masks.prune_nm`. 0 < n < m, which divides the width."""
-
-    def choose(start: int, stop: int, kept: np.ndarray) -> None:
-        _select_groups(scores.rows(start, stop), scores.dtype, n, m, pairwise, kept)
-
-    return _prune(weight, pruned, choose)
+    return _prune(weight, pruned, _by_group(scores, n, m, pairwise))
 
 
 def apply(weight: Tensor, mask: Tensor, pruned: Tensor) -> Tensor:
@@ -245,6 +237,11 @@ def _select(bits: np.ndarray, dtype: torch.dtype, k: int, kept: np.ndarray) -> N
         raise nan_error()
 
 
+def _by_row(scores: Scores, k: int) -> Choose:
+    """How to choose the k lowest of each row."""
+    return lambda start, stop, kept: _select(scores.rows(start, stop), scores.dtype, k, kept)
+
+
 def _by_threshold(scores: Scores, k: int) -> tuple[Choose, bool]:
     """How to choose the k lowest of all scores, and whether rows must be chosen in order, since ties are parted."""
     threshold, less, equal = _threshold(scores, k)
@@ -301,11 +298,15 @@ def _threshold(scores: Scores, k: int) -> tuple[int, int, int]:
     return find(k, -infinity - 1, infinity, low, high, count)
 
 
-def _select_groups(bits: np.ndarray, dtype: torch.dtype, n: int, m: int, pairwise: bool, kept: np.ndarray) -> None:
-    """Write the mask of every m score bits along rows to `kept`. 0 < n < m."""
+def _by_group(scores: Scores, n: int, m: int, pairwise: bool) -> Choose:
+    """How to choose the n lowest of every m along rows."""
     from autoprune.kernels.compiled import group_ranker
 
-    if pairwise:
-        group_ranker(m)(_ordered(bits, dtype).reshape(-1), n, kept.reshape(-1))
-    else:
-        _select(bits.reshape(-1, m), dtype, n, kept.reshape(-1, m))
+    def choose(start: int, stop: int, kept: np.ndarray) -> None:
+        bits = scores.rows(start, stop)
+        if pairwise:
+            group_ranker(m)(_ordered(bits, scores.dtype).reshape(-1), n, kept.reshape(-1))
+        else:
+            _select(bits.reshape(-1, m), scores.dtype, n, kept.reshape(-1, m))
+
+    return choose

@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autoprune.kernels.cpu import nan_error
+from autoprune.kernels import cpu
+from autoprune.kernels.cpu import BITS, bits_of, nan_error
 
-INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes per number
 WIDENED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # how a kernel makes fp32 of a weight's bits
 # Beyond every key. Constants that kernels see are constexpr.
 BEYOND = tl.constexpr(0x7FFFFFFF)
-WORD = tl.constexpr(32)
+WORD = tl.constexpr(cpu.WORD)
 NUMBERS = 64  # of a tile, in each thread, at most
 
 
@@ -47,7 +47,7 @@ class Scores:
     def arguments(self) -> dict:
         """What `load_keys` is given, for a kernel's parameters of these names."""
         values = adjacent(self.values)
-        integers = values.view(INTEGERS[values.element_size()])
+        integers = values.view(BITS[values.dtype])
         narrow = self.norms is None and values.element_size() == 2
         return {
             "values": integers,
@@ -65,14 +65,9 @@ def adjacent(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
 
 
-def bits_of(value: float, dtype: torch.dtype) -> int:
-    """The bits of a float that is not negative, as an integer."""
-    return torch.tensor(value, dtype=dtype).view(INTEGERS[dtype.itemsize]).item()
-
-
 def keys_of(scores: Tensor) -> Tensor:
     """int32 keys of floating scores of 16 or 32 bits, of any shape, as the kernels make them."""
-    bits = scores.contiguous().view(INTEGERS[scores.element_size()]).int()
+    bits = scores.contiguous().view(BITS[scores.dtype]).int()
     magnitude = bits & (0x7FFF if scores.element_size() == 2 else 0x7FFFFFFF)
     return torch.where(bits < 0, -magnitude, magnitude)
 
@@ -110,24 +105,31 @@ def _with_room(configs: list, _: dict, **sizes: int) -> list:
 def load_keys(
     values,
     norms,
-    at,
+    base,
     columns,
+    width,
     inside,
     FUSED: tl.constexpr,
     WIDENED: tl.constexpr,
     MAGNITUDE: tl.constexpr,
     CEILING: tl.constexpr,
 ):
-    """Keys int32, and which of them are NaN's, at offsets `at`; BEYOND where not `inside`. columns, of `at`'s shape or
-    one that broadcasts to it: where the norms are."""
-    bits = tl.load(values + at, mask=inside, other=0)
+    """Keys int32, and which of them are NaN's, at the offsets base + columns; BEYOND where not `inside`."""
+    bits = tl.load(values + base + columns, mask=inside, other=0)
     if FUSED:
-        product = tl.abs(as_float(bits, WIDENED)) * tl.load(norms + columns)
+        product = tl.abs(as_float(bits, WIDENED)) * tl.load(norms + tl.minimum(columns, width - 1))
         bits = product.to(tl.int32, bitcast=True)
     bits = bits.to(tl.int32)
     magnitude = bits & MAGNITUDE
     keys = tl.where(bits < 0, -magnitude, magnitude)
     return tl.where(inside, keys, BEYOND), (magnitude > CEILING) & inside
+
+
+@triton.jit
+def report_nan(flag, nan):
+    """Set the flag, which `refuse_nan` reads, where one of a tile [rows, columns] is."""
+    if tl.max(tl.max(nan.to(tl.int32), axis=1), axis=0) > 0:
+        tl.store(flag, 1)
 
 
 @triton.jit
@@ -208,7 +210,7 @@ class Target:
             bytes_ = self.mask.view(torch.int8)
             views = {"weight": bytes_, "pruned": bytes_, "weight_stride": 0, "pruned_stride": 0}
         else:
-            integers = INTEGERS[self.weight.element_size()]
+            integers = BITS[self.weight.dtype]
             weight, pruned = adjacent(self.weight).view(integers), self.pruned.view(integers)
             views = {"weight": weight, "pruned": pruned}
             views |= {"weight_stride": weight.stride(0), "pruned_stride": pruned.stride(0)}

@@ -56,11 +56,10 @@ def matrix_mask(scores: Tensor, k: int) -> Tensor:
     trivial = _trivial(scores, k, scores.numel())
     if trivial is not None:
         return trivial
-    flat = scores.reshape(1, -1)
     if _on_triton(scores):
         from autoprune.kernels.matrix_select import matrix_select
 
-        return _selected(matrix_select, flat, k).reshape(scores.shape)
+        return _selected(matrix_select, scores.reshape(1, -1), k).reshape(scores.shape)
     if scores.device.type in CPU_DEVICES:
         return cpu.matrix_mask(cpu.Scores(scores.reshape(-1, scores.shape[-1])), k).reshape(scores.shape)
     return reference.matrix_mask(_without_nan(scores), k)
@@ -153,6 +152,11 @@ def prune_nm(weight: Tensor, scores: Tensor, n: int, m: int, out: Tensor | None 
     if weight.device.type in CPU_DEVICES:
         return cpu.prune_nm(weight, _cpu_scores(weight, scores), n, m, m <= PAIRWISE, out)
     return _apply(weight, nm_mask(_score_matrix(weight, scores), n, m), out)
+
+
+def prune_tiles(weight: Tensor, scores: Tensor, k: int, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
+    """As `prune_rows`, for the k lowest tiles (`tile_mask`); of norms, a matrix of scores is made."""
+    return prune_masked(weight, tile_mask(_score_matrix(weight, scores), k, rows, columns), out)
 
 
 def prune_masked(weight: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:

@@ -46,8 +46,9 @@ def count_and_copy(
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     columns = tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
-    at, norm_at = row.to(tl.int64) * stride + columns, tl.minimum(columns, width - 1)
-    keys, nan = load_keys(values, norms, at, norm_at, inside, FUSED, WIDENED, MAGNITUDE, CEILING)
+    keys, nan = load_keys(
+        values, norms, row.to(tl.int64) * stride, columns, width, inside, FUSED, WIDENED, MAGNITUDE, CEILING
+    )
     between = (keys > low) & (keys <= high)
     count = tl.sum(between.to(tl.int32), axis=0)
     tl.atomic_add(counts, tl.sum((keys <= low).to(tl.int32), axis=0).to(tl.int64))
@@ -76,8 +77,9 @@ def count_ties(
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     columns = tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
-    at, norm_at = row.to(tl.int64) * stride + columns, tl.minimum(columns, width - 1)
-    keys, nan = load_keys(values, norms, at, norm_at, inside, FUSED, WIDENED, MAGNITUDE, CEILING)
+    keys, nan = load_keys(
+        values, norms, row.to(tl.int64) * stride, columns, width, inside, FUSED, WIDENED, MAGNITUDE, CEILING
+    )
     tl.store(ties + tl.program_id(0), tl.sum((keys == threshold).to(tl.int32), axis=0))
 
 
@@ -113,8 +115,7 @@ def apply_threshold(
     start = tile.to(tl.int64) * COLUMNS
     columns = start + tl.arange(0, COLUMNS)[None, :]
     inside = columns < width
-    norm_at = tl.minimum(columns, width - 1)
-    keys, nan = load_keys(values, norms, rows * stride + columns, norm_at, inside, FUSED, WIDENED, MAGNITUDE, CEILING)
+    keys, nan = load_keys(values, norms, rows * stride, columns, width, inside, FUSED, WIDENED, MAGNITUDE, CEILING)
     keep = keys > threshold
     if TIES:
         equal = keys == threshold

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from autoprune.kernels import cpu, reference
-from autoprune.kernels.keys import INTEGERS, WIDENED, adjacent, as_float
+from autoprune.kernels.keys import WIDENED, adjacent, as_float
 
 TILE = 1024  # numbers whose mean is taken before their deviations
 
@@ -146,7 +146,7 @@ def moments_of_rows(
 def triton_row_moments(weight: Tensor, norms: Tensor | None) -> Tensor:
     """`row_moments` by the kernel."""
     moments = torch.empty(weight.shape[0], 4, dtype=torch.float64, device=weight.device)
-    values = adjacent(weight).view(INTEGERS[weight.element_size()])
+    values = adjacent(weight).view(cpu.BITS[weight.dtype])
     if not len(weight):
         return moments
     with torch.cuda.device_of(weight):

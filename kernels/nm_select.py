@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from autoprune.kernels.keys import Scores, Target, load_keys, refuse_nan, tuned, write, write_pruned
+from autoprune.kernels.keys import Scores, Target, load_keys, refuse_nan, report_nan, tuned, write, write_pruned
 
 PAIRS = 8192  # that a program compares
 
@@ -41,10 +41,8 @@ def select_groups(
     place = tl.arange(0, PADDED)
     columns = start + tl.arange(0, GROUPS)[:, None] * M + place[None, :]
     inside = (place < M)[None, :] & (columns < width)
-    norm_at = tl.minimum(columns, width - 1)
-    keys, nan = load_keys(values, norms, rows * stride + columns, norm_at, inside, FUSED, WIDENED, MAGNITUDE, CEILING)
-    if tl.max(tl.max(nan.to(tl.int32), axis=1), axis=0) > 0:
-        tl.store(flag, 1)
+    keys, nan = load_keys(values, norms, rows * stride, columns, width, inside, FUSED, WIDENED, MAGNITUDE, CEILING)
+    report_nan(flag, nan)
     own, other = keys[:, :, None], keys[:, None, :]
     first = (place[None, :] < place[:, None])[None, :, :]  # of two that are equal, the first is the lower one
     lower = (other < own) | ((other == own) & first)

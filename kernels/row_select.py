@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from autoprune.kernels.keys import BEYOND, Scores, Target, load_keys, refuse_nan, tuned, write
+from autoprune.kernels.keys import BEYOND, Scores, Target, load_keys, refuse_nan, report_nan, tuned, write
 
 TILE = 4096  # scores per program where rows are shorter than that: several rows then
 LONGEST = 32768  # of a row that fits into registers: at 32 warps, 32 numbers in each thread
@@ -55,10 +55,8 @@ def select_rows(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows, columns = row.to(tl.int64)[:, None], tl.arange(0, COLUMNS)[None, :]
     inside = (rows < height) & (columns < width)
-    norm_at = tl.minimum(columns, width - 1)
-    keys, nan = load_keys(values, norms, rows * stride + columns, norm_at, inside, FUSED, WIDENED, MAGNITUDE, CEILING)
-    if tl.max(tl.max(nan.to(tl.int32), axis=1), axis=0) > 0:
-        tl.store(flag, 1)
+    keys, nan = load_keys(values, norms, rows * stride, columns, width, inside, FUSED, WIDENED, MAGNITUDE, CEILING)
+    report_nan(flag, nan)
     # Fewer than k keys do not exceed `low`, which are `below`; at least k do not exceed `high`, which are `upto`.
     low = tl.min(keys, axis=1).to(tl.int64) - 1
     high = tl.max(tl.where(inside, keys, -BEYOND), axis=1).to(tl.int64)
@@ -116,12 +114,8 @@ def select_long_rows(
     for start in range(0, width, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)[None, :]
         inside = columns < width
-        norm_at = tl.minimum(columns, width - 1)
-        keys, nan = load_keys(
-            values, norms, rows * stride + columns, norm_at, inside, FUSED, WIDENED, MAGNITUDE, CEILING
-        )
-        if tl.max(tl.max(nan.to(tl.int32), axis=1), axis=0) > 0:
-            tl.store(flag, 1)
+        keys, nan = load_keys(values, norms, rows * stride, columns, width, inside, FUSED, WIDENED, MAGNITUDE, CEILING)
+        report_nan(flag, nan)
         lowest = tl.minimum(lowest, tl.min(keys, axis=1))
         highest = tl.maximum(highest, tl.max(tl.where(inside, keys, -BEYOND), axis=1))
     low, high = lowest.to(tl.int64) - 1, highest.to(tl.int64)
@@ -135,9 +129,8 @@ def select_long_rows(
         for start in range(0, width, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)[None, :]
             inside = columns < width
-            norm_at = tl.minimum(columns, width - 1)
             keys, nan = load_keys(
-                values, norms, rows * stride + columns, norm_at, inside, FUSED, WIDENED, MAGNITUDE, CEILING
+                values, norms, rows * stride, columns, width, inside, FUSED, WIDENED, MAGNITUDE, CEILING
             )
             count += tl.sum((keys <= guess.to(tl.int32)[:, None]).to(tl.int32), axis=1)
         low, below = tl.where(count < k, guess, low), tl.where(count < k, count, below)
@@ -148,10 +141,7 @@ def select_long_rows(
     for start in range(0, width, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)[None, :]
         inside = columns < width
-        norm_at = tl.minimum(columns, width - 1)
-        keys, nan = load_keys(
-            values, norms, rows * stride + columns, norm_at, inside, FUSED, WIDENED, MAGNITUDE, CEILING
-        )
+        keys, nan = load_keys(values, norms, rows * stride, columns, width, inside, FUSED, WIDENED, MAGNITUDE, CEILING)
         equal = (keys == threshold) & (upto > k)[:, None]
         rank = tl.cumsum(equal.to(tl.int32), axis=1) + ranked[:, None]
         keep = (keys > threshold) | (equal & (rank > (k - below)[:, None]))

@@ -17,7 +17,7 @@ from autoprune.algorithms.scores import BASELINES, NATIVE
 from autoprune.algorithms.statistics import GRAM_READERS, InputMoments
 from autoprune.algorithms.updates import DAMPING, compensate, conjugate_gradients, sparsegpt
 from autoprune.kernels.distance import distance
-from autoprune.kernels.masks import prune_masked, prune_matrix, prune_nm, prune_rows, tile_mask, unpack
+from autoprune.kernels.masks import prune_masked, prune_matrix, prune_nm, prune_rows, prune_tiles, unpack
 from autoprune.models.layers import Layer
 
 # An expert that calibration routed fewer tokens to has no statistics worth the name: magnitude decides instead.
@@ -73,8 +73,7 @@ def prune(weight: Tensor, scores: Tensor, group: Group, sparsity: float, out: Te
             return prune_nm(weight, scores, share(group.second), group.second, out)
         case _:
             tiles = weight.numel() // (group.first * group.second)
-            scores = weight.float().abs() * scores if scores.ndim == 1 else scores
-            return prune_masked(weight, tile_mask(scores, share(tiles), group.first, group.second), out)
+            return prune_tiles(weight, scores, share(tiles), group.first, group.second, out)
 
 
 @dataclass

@@ -8,35 +8,23 @@ copy's time.
 
 import sys
 
-import torch
-from bench_row_select import rivals
-from timing import Case, compare, dtype_of, missed, norms, options, random, shapes
+from bench_row_select import pruning
+from timing import compare, missed, options, shapes
 
 from autoprune.kernels import masks, reference
 
 
-def pruning(shape, n, m, device):
-    weight, factors = random(*shape, device=device, dtype=dtype_of(device)), norms(shape[1], device)
-    out = torch.empty_like(weight)
-    scores = weight.float().abs() * factors
-
-    def right():
-        kept = reference.nm_mask(scores.cpu(), n, m)
-        bits = masks.prune_nm(weight, factors, n, m, out)
-        assert torch.equal(masks.unpack(bits, shape).cpu(), kept)
-        assert torch.equal(out.cpu(), weight.cpu().masked_fill(~kept, 0))
-
-    moved = weight.numel() * (2 * weight.element_size()) + weight.numel() // 8
-    run = lambda: masks.prune_nm(weight, factors, n, m, out)  # noqa: E731
-    return Case(f"{m - n}:{m} of {shape[0]}×{shape[1]}", run, right, moved, rivals(scores.reshape(-1, m), n))
+def case(shape, n, m, device):
+    of_rows = lambda scores: scores.reshape(-1, m)  # noqa: E731
+    return pruning(f"{m - n}:{m} of", shape, (n, m), of_rows, device, masks.prune_nm, reference.nm_mask)
 
 
 def main() -> int:
     device = options(__doc__).device
     chosen = shapes(device) if device == "cuda" else shapes(device)[2::2]
-    found = compare("prune_nm", [pruning(shape, 2, 4, device) for shape in chosen], device)
+    found = compare("prune_nm", [case(shape, 2, 4, device) for shape in chosen], device)
     for n, m in ((4, 8), (16, 32)):
-        compare("prune_nm", [pruning(shape, n, m, device) for shape in chosen[-1:]], device)
+        compare("prune_nm", [case(shape, n, m, device) for shape in chosen[-1:]], device)
     return missed(found, copy=1 / 1.3) if device == "cuda" else 0
 
 

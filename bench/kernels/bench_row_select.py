@@ -39,38 +39,49 @@ def rivals(scores, k):
     return found
 
 
-def masking(shape, device):
+def masking(shape, k, of_rows, device, select, expected):
+    """select, expected: masks of scores and a count, ours and the reference's; of_rows: scores as rivals see them."""
     scores = (random(*shape, device=device).abs() * norms(shape[1], device)).to(dtype_of(device))
-    k = int(SPARSITY * shape[1])
 
     def right():
-        assert torch.equal(masks.row_mask(scores, k).cpu(), reference.row_mask(scores.cpu(), k))
+        assert torch.equal(select(scores, k).cpu(), expected(scores.cpu(), k))
 
     moved = scores.numel() * (scores.element_size() + 1)
-    run = lambda: masks.row_mask(scores, k)  # noqa: E731
-    return Case(f"mask {shape[0]}×{shape[1]}", run, right, moved, rivals(scores, k))
+    label = f"mask {shape[0]}×{shape[1]}"
+    return Case(label, lambda: select(scores, k), right, moved, rivals(of_rows(scores), k))
 
 
-def pruning(shape, device):
+def pruning(label, shape, counts, of_rows, device, prune, expected):
+    """As `masking`, of a weight and norms; counts: k, or n and m."""
     weight, factors = random(*shape, device=device, dtype=dtype_of(device)), norms(shape[1], device)
-    k, out = int(SPARSITY * shape[1]), torch.empty(shape, dtype=dtype_of(device), device=device)
+    out = torch.empty_like(weight)
     scores = weight.float().abs() * factors
 
     def right():
-        kept = reference.row_mask(scores.cpu(), k)
-        bits = masks.prune_rows(weight, factors, k, out)
+        kept = expected(scores.cpu(), *counts)
+        bits = prune(weight, factors, *counts, out)
         assert torch.equal(masks.unpack(bits, shape).cpu(), kept)
         assert torch.equal(out.cpu(), weight.cpu().masked_fill(~kept, 0))
 
     moved = weight.numel() * (2 * weight.element_size()) + weight.numel() // 8
-    run = lambda: masks.prune_rows(weight, factors, k, out)  # noqa: E731
-    return Case(f"prune {shape[0]}×{shape[1]}", run, right, moved, rivals(scores, k))
+    label = f"{label} {shape[0]}×{shape[1]}"
+    return Case(label, lambda: prune(weight, factors, *counts, out), right, moved, rivals(of_rows(scores), counts[0]))
+
+
+def cases(device, select, prune, expected, of_rows, size):
+    """Masks and prunings of all shapes; size: of a shape, the number of scores that compete."""
+    counts = [(shape, int(SPARSITY * size(shape))) for shape in shapes(device)]
+    masked = [masking(shape, k, of_rows, device, select, expected) for shape, k in counts]
+    return masked, [pruning("prune", shape, (k,), of_rows, device, prune, expected) for shape, k in counts]
 
 
 def main() -> int:
     device = options(__doc__).device
-    masked = compare("row_mask", [masking(shape, device) for shape in shapes(device)], device)
-    pruned = compare("prune_rows", [pruning(shape, device) for shape in shapes(device)], device)
+    masking_cases, pruning_cases = cases(
+        device, masks.row_mask, masks.prune_rows, reference.row_mask, lambda scores: scores, lambda shape: shape[1]
+    )
+    masked = compare("row_mask", masking_cases, device)
+    pruned = compare("prune_rows", pruning_cases, device)
     if device == "cpu":
         return missed(masked, sort=20, partition=1)
     return missed(pruned, copy=1 / 2, sort=15)
