@@ -1,6 +1,6 @@
 """Generators: who writes candidates. vLLM inside a Ray actor, an OpenAI-compatible server, chance, or a script.
 
-Each has `generate(requests) -> answers per request` and `stop()`.
+Each has `generate(requests) -> answers per request`, `count(messages) -> tokens of the prompt`, and `stop()`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,31 @@ from pathlib import Path
 
 from autoprune.actors.guard import guard_session
 from autoprune.actors.messages import Answer, Request, last_line
+from autoprune.algorithms.algorithm import Algorithm
+from autoprune.algorithms.answers import SDSA, SDSA_BOUNDS
 from autoprune.algorithms.derivation import derive
 from autoprune.algorithms.grammar import answer_rules
+from autoprune.algorithms.manual import brief
+from autoprune.algorithms.translator import LanguageError
+from autoprune.algorithms.variation import NoVariationError, crossed, mutated, part_rules
+from autoprune.algorithms.written import UNIFORM
 from autoprune.models.errors import InputError, Lost
-from autoprune.models.loading import resolve_model
+from autoprune.models.loading import load_tokenizer, resolve_model
 from autoprune.models.pruning import native_dtype
 
 ANSWER_SEPARATOR = "\n---\n"
+CHARACTERS = 2.5  # that a token of code has, at least, where no tokenizer is at hand
+
+Messages = tuple[tuple[str, str], ...]
+
+
+def estimate(messages: Messages) -> int:
+    """Tokens of a prompt whose tokenizer is not known; rather too many."""
+    return int(sum(len(text) for _, text in messages) / CHARACTERS)
+
+
+def _chat(messages: Messages) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in messages]
 
 
 class VllmEngine:
@@ -55,8 +73,7 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-        messages = [{"role": role, "content": text} for role, text in request.messages]
-        prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = self.tokenizer.apply_chat_template(_chat(request.messages), tokenize=False, add_generation_prompt=True)
         parameters = SamplingParams(
             n=request.n,
             temperature=request.temperature,
@@ -89,6 +106,7 @@ class VllmGenerator:
         actor = ray.remote(VllmEngine).options(
             num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, runtime_env={"env_vars": environment}
         )
+        self._tokenizer = load_tokenizer(resolve_model(model))
         self._actor = actor.remote()
         self._started = self._actor.start.remote({"model": model, **options})
 
@@ -109,6 +127,10 @@ class VllmGenerator:
             return ray.get(self._actor.generate.remote(list(requests)))
         except ray.exceptions.RayError as error:
             raise Lost(f"vLLM stopped serving {self.model} ({last_line(error)})") from error
+
+    def count(self, messages: Messages) -> int:
+        text = self._tokenizer.apply_chat_template(_chat(messages), tokenize=False, add_generation_prompt=True)
+        return len(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def stop(self) -> None:
         """End the actor; its guard ends the engine's processes."""
@@ -167,7 +189,7 @@ class OpenAIGenerator:
 
     def _ask(self, request: Request, with_grammar: bool):
         structured = {"structured_outputs": {"grammar": request.grammar}} if request.grammar and with_grammar else None
-        messages = [{"role": role, "content": text} for role, text in request.messages]
+        messages = _chat(request.messages)
         if not with_grammar:
             messages[0]["content"] += f"\n\n{request.brief}"
         return self._client.chat.completions.create(
@@ -178,6 +200,10 @@ class OpenAIGenerator:
             max_tokens=request.max_tokens,
             extra_body=structured,
         )
+
+    def count(self, messages: Messages) -> int:
+        """Estimated: the server's tokenizer is not at hand. What it may be told in words beside the grammar counts."""
+        return estimate((*messages, ("system", brief(True))))
 
     def stop(self) -> None:
         self._client.close()
@@ -190,20 +216,79 @@ class GrammarGenerator:
     """
 
     THOUGHT = "drawn from the grammar at random"
+    count = staticmethod(estimate)
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
     def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
-        return [self._answers(request) for request in requests]
+        return [
+            [
+                self._answer(request, random.Random(f"{self._seed}/answer {request.offset + i}"))
+                for i in range(request.n)
+            ]
+            for request in requests
+        ]
 
-    def _answers(self, request: Request) -> list[Answer]:
+    def _answer(self, request: Request, source: random.Random) -> Answer:
         rules = answer_rules(parts=request.parts, statistics=request.statistics)
-        sources = (random.Random(f"{self._seed}/answer {request.offset + index}") for index in range(request.n))
-        return [Answer(derive(rules, source, lambda _: self.THOUGHT)) for source in sources]
+        return Answer(derive(rules, source, lambda _: self.THOUGHT))
 
     def stop(self) -> None:
         pass
+
+
+class GeneticGenerator(GrammarGenerator):
+    """Varies the parents of a request by the moves of genetic programming (`algorithms.variation`): the search without
+    a language model. `explore` draws from the grammar instead.
+
+    The n-th answer of a search follows from the seed, n and the parents.
+    """
+
+    THOUGHT = "varied at random"
+    TRIES = 20  # until a variation is in the language
+    SPREADS = {"tau": (0.5, 2.0), "m": (0.7, 1.4), "depth": (0.6, 1.6)}  # factors of a mutated allocation
+
+    def _answer(self, request: Request, source: random.Random) -> Answer:
+        if request.operator == "explore" or not request.parents:
+            return super()._answer(request, source)
+        lines = [f"Diagnosis: {self.THOUGHT}", f"Hypothesis: {self.THOUGHT}"]
+        one, other = request.parents[0], request.parents[-1]
+        crossing = request.operator == "crossover"
+        donor = source.choice((one, other)) if crossing else one
+        if "group" in request.parts:
+            lines.append(f"Group: {donor.group}")
+        if "allocation" in request.parts:
+            lines += self._allocation(source, donor, moves=not crossing)
+        if "allocate" in request.parts and (donor.allocation.source or "score" not in request.parts):
+            lines.append(self._varied("allocate", request, source, crossing).strip())
+        if "score" in request.parts:
+            lines.append(self._varied("score", request, source, crossing).strip())
+        return Answer("\n".join(lines))
+
+    def _allocation(self, source: random.Random, donor: Algorithm, moves: bool) -> list[str]:
+        """A line with SDSA's parameters, the donor's or moved ones; none where the donor's allocation is another."""
+        if donor.allocation.name != SDSA.name:
+            return [] if not moves else [f"Allocation: {SDSA}"]
+        values = dict(donor.allocation.parameters)
+        for key, (low, high) in SDSA_BOUNDS.items():
+            value = values[key]
+            if moves and source.random() < 0.5:
+                value = max(value, 0.05) * source.uniform(*self.SPREADS[key])
+            values[key] = min(max(value, low), high)
+        return ["Allocation: sdsa " + " ".join(f"{key}={value:.3f}" for key, value in values.items())]
+
+    def _varied(self, name: str, request: Request, source: random.Random, crossing: bool) -> str:
+        """A varied function; the first parent's, where nothing comes of TRIES tries."""
+        rules = part_rules(request.statistics)
+        texts = [a.score if name == "score" else a.allocation.source for a in request.parents]
+        one, other = texts[0] or UNIFORM, texts[-1] or texts[0] or UNIFORM
+        for _ in range(self.TRIES):
+            try:
+                return crossed(one, other, name, source) if crossing else mutated(one, name, source, rules)
+            except (LanguageError, NoVariationError):
+                continue
+        return one
 
 
 class ScriptedGenerator:
@@ -224,6 +309,8 @@ class ScriptedGenerator:
     def _answer(self, index: int) -> Answer:
         text = self._answers[index % len(self._answers)]
         return Answer(text, completion_tokens=len(text.split()))
+
+    count = staticmethod(estimate)
 
     def stop(self) -> None:
         pass

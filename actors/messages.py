@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autoprune.algorithms.algorithm import Algorithm
+
 
 @dataclass(frozen=True)
 class Request:
@@ -12,6 +14,7 @@ class Request:
     messages: (role, text) pairs, as chat templates take them. grammar: GBNF text that constrains decoding, or None.
     brief: what the grammar would enforce, in words, for a server that takes no grammar.
     parts, statistics: what the grammar was made of (see `algorithms.grammar.answer_rules`).
+    operator, parents: what the prompt asks for and of which algorithms, for who varies them without reading it.
     offset: how many answers the search asked for before, so that a script goes on where a stopped search was.
     """
 
@@ -24,6 +27,8 @@ class Request:
     brief: str = ""
     parts: tuple[str, ...] = ()
     statistics: tuple[str, ...] = ()
+    operator: str = ""
+    parents: tuple[Algorithm, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ class PoolPlan:
     """What the pool measures and on how many actors.
 
     model: bundled name, folder that every node sees, or hub id. splits: name → token windows, int64 [windows, L];
-    must have "calibration". statistics, features: what algorithms and their allocations may read (see
-    `ModelShard.calibrate`). deadline: seconds that a replica may take for one candidate; attempts: how often a
-    candidate may bring a replica down before it is given up.
+    must have "calibration". unreferenced: splits of which the dense model is not measured. statistics, features: what
+    algorithms and their allocations may read (see `ModelShard.calibrate`). deadline: seconds that a replica may take
+    for one candidate; attempts: how often a candidate may bring a replica down before it is given up.
     """
 
     model: str
@@ -54,6 +54,7 @@ class PoolPlan:
     deadline: float
     attempts: int
     resources: ActorResources
+    unreferenced: frozenset[str] = frozenset({"calibration"})
 
 
 @dataclass
@@ -69,6 +70,12 @@ class _Replica:
     actors: list
     in_flight: deque[_Flight] = field(default_factory=deque)
     progressed: float = 0.0
+
+
+def split_windows(splits: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Token windows of a split, or of some of its windows: "fitness[0,3]" are the first and the fourth."""
+    base, bracket, rest = name.partition("[")
+    return splits[base][[int(window) for window in rest.rstrip("]").split(",")]] if bracket else splits[base]
 
 
 def shard_bounds(blocks: int, shards: int) -> list[tuple[int, int]]:
@@ -130,12 +137,14 @@ class EvaluatorPool:
             for actor in reversed(replica.actors):
                 upstream = actor.backward.remote(upstream)
         profiles = [actor.profiles.remote() for actor in replica.actors]
-        dense = {s: self._send(replica, s, None) for s in self.plan.splits if s != "calibration"}
+        dense = {s: self._send(replica, s, None) for s in self.plan.splits if s not in self.plan.unreferenced}
         return profiles, dense
 
     def _send(self, replica: _Replica, split: str, algorithm: Algorithm | None) -> list:
         """A chain of calls through a replica's shards; hidden states go from actor to actor, reports come here."""
         planned = self._planned(replica, algorithm) if algorithm else None
+        if split not in self._tokens:  # some windows of one that is there
+            self._tokens[split] = ray.put(split_windows(self.plan.splits, split))
         states, reports = self._tokens[split], []
         for actor, (_, stop) in zip(replica.actors, self._bounds, strict=True):
             tokens = self._tokens[split] if stop == self.plan.blocks else self._empty
@@ -151,7 +160,7 @@ class EvaluatorPool:
             return _failed("the pruned model's likelihood is not finite")
         return Evaluation(
             nll=sum(nlls) / len(nlls),
-            tokens=len(nlls) * (self.plan.splits[split].shape[1] - 1),
+            tokens=len(nlls) * (split_windows(self.plan.splits, split).shape[1] - 1),
             window_nlls=tuple(nlls),
             block_sparsities=tuple(p / n for p, n in zip(pruned, numels, strict=True)),
             block_errors=tuple(e for report in reports for e in report.errors),
@@ -188,7 +197,8 @@ class EvaluatorPool:
         return probes
 
     def evaluate(self, jobs: Sequence[Algorithm], split: str = "fitness") -> Iterator[tuple[int, Evaluation]]:
-        """Measure the jobs on a split; yields (index of the job, measurement) as they finish, in any order."""
+        """Measure the jobs on a split (see `split_windows`); yields (index of the job, measurement) as they finish, in
+        any order."""
         queue, failures = deque(range(len(jobs))), [0] * len(jobs)
         while queue or any(replica.in_flight for replica in self._replicas):
             self._fill(queue, jobs, split)

@@ -27,6 +27,8 @@ DEPTHS = tuple(i / 10 for i in range(9))
 FACTORS = (0.1, 0.25, 0.5, 0.75, 2, 3)
 EXPONENTS = (0.25, 0.5, 0.75, 1.5, 2)
 SHARES = (0.5, 0.9, 0.99)
+# A constant that is left to be tuned: its value until then, lowest and highest.
+MARKED_FACTOR, MARKED_EXPONENT = "tune(0.7, 0.1, 4)", "tune(0.7, 0.25, 3)"
 
 # Types that a local of a score may have.
 LOCALS = "mrc"
@@ -139,8 +141,8 @@ def _shared_rules(max_locals: int, parts: tuple[str, ...], statistics: tuple[str
         "tau": _choice(TAUS),
         "slack": _choice(SLACKS),
         "depth": _choice(DEPTHS),
-        "k": _choice(FACTORS),
-        "e": _choice(EXPONENTS),
+        "k": (*_choice(FACTORS), (MARKED_FACTOR,)),
+        "e": (*_choice(EXPONENTS), (MARKED_EXPONENT,)),
         "q": _choice(SHARES),
     }
     for kind, count in itertools.product(LOCALS, range(max_locals + 1)):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from autoprune.models.errors import InputError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 KEPT = 3  # checkpoints: the newest, and two to fall back on when a disk damages it
 MANIFEST = "manifest.json"
 

@@ -32,7 +32,8 @@ from autoprune.models.pruning import check_model, default_device, native_dtype
 from autoprune.pipeline.checkpoint import write_atomic
 from autoprune.pipeline.comparison import Cell, Comparison, Result, Subject, cells
 from autoprune.pipeline.comparison_report import Findings, figure, write_plots, write_tables
-from autoprune.pipeline.launch import SPLITS, absolute, signals
+from autoprune.pipeline.launch import signals
+from autoprune.pipeline.preparation import SPLITS, absolute
 
 CONFIG_FILE, CELLS = "config.yaml", "cells"  # in the run folder
 

@@ -15,8 +15,13 @@ import yaml
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
 from autoprune.models.errors import InputError
 
-GENERATOR_KINDS = ("vllm", "openai", "grammar", "scripted")
+GENERATOR_KINDS = ("vllm", "openai", "genetic", "grammar", "scripted")
 ALLOCATIONS = ("sdsa", "written")
+DESIGNS = ("both", "score", "allocate")
+PROMPTS = ("gcot", "topk", "fixed")
+FIDELITIES = ("probe", "cheap")
+OPERATORS = ("explore", "mutate", "crossover", "simplify", "tune")
+SELF = "target"  # as the generator's model: a model designs its own pruning
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -38,9 +43,11 @@ class Generator:
     """Who writes candidates.
 
     kind: "vllm" serves `model` in a Ray actor, "openai" asks the server at `base_url` for `model` (its key is read
-    from the environment variable `api_key_variable`), "grammar" draws algorithms from the grammar at random, without a
-    language model, "scripted" reads `answers`, a file.
+    from the environment variable `api_key_variable`), "genetic" varies the parents and "grammar" draws from the
+    grammar, both at random, without a language model, "scripted" reads `answers`, a file.
+    model: bundled name, local folder or hub id; "target": the model that is pruned designs its own pruning.
     temperature: of the first round; it rises by `heat` with each further round of a generation.
+    prompt_tokens: that a prompt may have, at most; the oldest evidence is dropped first.
     max_model_len, kv_cache_gib (on a CPU) and engine (further arguments of vLLM's AsyncEngineArgs) are for "vllm".
     """
 
@@ -52,6 +59,7 @@ class Generator:
     temperature: float = 0.9
     heat: float = 0.15
     max_tokens: int = 400
+    prompt_tokens: int = 2048
     max_model_len: int = 4096
     kv_cache_gib: int = 1
     engine: dict[str, Any] = field(default_factory=dict)
@@ -94,9 +102,19 @@ class SearchPlan:
 
     seeds: baselines as `score` or `score+allocation`. generations × candidates new algorithms are measured.
     A generation asks `prompts` prompts for `answers` answers in all, in at most `rounds` rounds, until it has enough
-    algorithms that are new. elites: how many of the best are parents. operators: relative frequencies.
-    statistics: what the scores that are written may read beside W (see `algorithms.vocabulary`). allocation: what is
-    written of it: "sdsa", the parameters of SDSA, or "written", a function `allocate(profile, sparsity)`.
+    algorithms that are new. repairs: so many invalid answers of a generation are asked for once more, with the error.
+    elites: how many of the best are parents; with `diversity`, the best of each niche: of algorithms that read the same
+    and whose masks on the probe differ by less than `niche_radius`.
+    prompt: "gcot", the reasoning of the graph; "topk", the best algorithms; "fixed", the seeds, every time.
+    operators: relative frequencies to begin with; with `adapt`, those that improve more per token come more often, and
+    a search that stands still explores more. tuning: measurements on the cheap fidelity for one tuned algorithm.
+    fidelities: what a new algorithm must pass before it is measured on the whole fitness split: "probe", the error of
+    the hidden states on a short text, and "cheap", its likelihood on `cheap_windows` windows of the fitness split.
+    fresh_windows: of the fitness text after the fitness split; at the end the elites are measured on them, before one
+    is believed to be the best.
+    statistics: what the scores that are written may read beside W (see `algorithms.vocabulary`). design: what is
+    designed: the "score" (and its group), how to "allocate", or "both". allocation: what is written of it: "sdsa", the
+    parameters of SDSA, or "written", a function `allocate(profile, sparsity)`.
     """
 
     seeds: tuple[str, ...] = ("magnitude", "wanda", "wanda+owl", "wanda+sdsa", "ria+sdsa")
@@ -105,10 +123,37 @@ class SearchPlan:
     prompts: int = 4
     answers: int = 16
     rounds: int = 3
+    repairs: int = 2
     elites: int = 4
-    operators: dict[str, float] = field(default_factory=lambda: {"explore": 1.0, "mutate": 2.0, "crossover": 1.0})
+    diversity: bool = True
+    niche_radius: float = 0.1
+    prompt: str = "gcot"
+    operators: dict[str, float] = field(
+        default_factory=lambda: {"explore": 1.0, "mutate": 2.0, "crossover": 1.0, "simplify": 0.5, "tune": 1.0}
+    )
+    adapt: bool = True
+    tuning: int = 12
+    fidelities: tuple[str, ...] = FIDELITIES
+    cheap_windows: int = 2
+    fresh_windows: int = 8
     statistics: tuple[str, ...] = DEFAULT_STATISTICS
+    design: str = "both"
     allocation: str = "sdsa"
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What a search may use, over all its sittings; 0: no bound. Whichever is reached first ends it.
+
+    calls: answers of the language model. tokens: read and written by it. evaluations: on the whole fitness split,
+    seeds included. gpu_seconds: computing time of the evaluators, on CPUs too. wall_clock: seconds.
+    """
+
+    calls: int = 0
+    tokens: int = 0
+    evaluations: int = 0
+    gpu_seconds: float = 0.0
+    wall_clock: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,6 +176,7 @@ class Config:
     evaluators: Evaluators = field(default_factory=Evaluators)
     data: Data = field(default_factory=Data)
     search: SearchPlan = field(default_factory=SearchPlan)
+    budgets: Budgets = field(default_factory=Budgets)
     tracking: Tracking = field(default_factory=Tracking)
 
     @property
@@ -245,8 +291,21 @@ def check_config(config: Config) -> None:
         raise InputError("generator.answers is empty: a scripted generator needs a file of answers")
     for section, names in (
         ("evaluators", ("shards", "replicas", "threads", "deadline", "attempts")),
-        ("search", ("generations", "candidates", "prompts", "answers", "rounds", "elites")),
-        ("generator", ("max_tokens", "max_model_len", "kv_cache_gib")),
+        (
+            "search",
+            (
+                "generations",
+                "candidates",
+                "prompts",
+                "answers",
+                "rounds",
+                "elites",
+                "tuning",
+                "cheap_windows",
+                "fresh_windows",
+            ),
+        ),
+        ("generator", ("max_tokens", "max_model_len", "prompt_tokens", "kv_cache_gib")),
     ):
         for name in names:
             value = getattr(getattr(config, section), name)
@@ -257,13 +316,31 @@ def check_config(config: Config) -> None:
         raise InputError(f"search.answers is {search.answers}: expected at least search.prompts ({search.prompts})")
     if not search.seeds:
         raise InputError("search.seeds is empty: expected at least one baseline, such as wanda")
-    one_of("search.allocation", search.allocation, ALLOCATIONS)
+    for name, choices in (("allocation", ALLOCATIONS), ("design", DESIGNS), ("prompt", PROMPTS)):
+        one_of(f"search.{name}", getattr(search, name), choices)
+    for fidelity in search.fidelities:
+        one_of("search.fidelities", fidelity, FIDELITIES)
+    if search.cheap_windows >= data.fitness_windows and "cheap" in search.fidelities:
+        raise InputError(
+            f"search.cheap_windows is {search.cheap_windows}: expected less than data.fitness_windows "
+            f"({data.fitness_windows}), or search.fidelities without cheap"
+        )
+    if search.repairs < 0:
+        raise InputError(f"search.repairs is {search.repairs}: expected 0 or more")
+    if not 0 <= search.niche_radius <= 1:
+        raise InputError(f"search.niche_radius is {search.niche_radius:g}: expected a share of the mask, 0 to 1")
+    for field_ in dataclasses.fields(config.budgets):
+        value = getattr(config.budgets, field_.name)
+        if value < 0:
+            raise InputError(f"budgets.{field_.name} is {value:g}: expected 0, for no bound, or more")
     for operator, weight in search.operators.items():
-        one_of("search.operators", operator, ("explore", "mutate", "crossover"))
+        one_of("search.operators", operator, OPERATORS)
         if weight < 0:
             raise InputError(f"search.operators.{operator} is {weight:g}: expected 0 or more")
-    if not sum(search.operators.values()) > 0:
-        raise InputError("search.operators are all 0: at least one must be positive")
+    if not any(weight for operator, weight in search.operators.items() if operator != "tune"):
+        raise InputError("search.operators are all 0: at least one beside tune must be positive")
+    if search.operators.get("tune") and "cheap" not in search.fidelities and search.prompt != "fixed":
+        raise InputError("search.operators.tune needs search.fidelities to have cheap, on which constants are filled")
     for name in search.statistics:
         one_of("search.statistics", name, tuple(STATISTICS))
         if search.statistics.count(name) > 1:

@@ -2,144 +2,181 @@
 
 It walks from the oldest ancestor of a focal candidate down to it; at each step it sets the best and the worst other
 child beside it; each becomes a numbered step *claim → evidence → conclusion*. The answer is asked for in the order
-diagnosis, hypothesis, algorithm.
+diagnosis, hypothesis, algorithm. Two plain prompts stand beside it, which GCoT is measured against.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+from autoprune.algorithms.grammar import PARTS
 from autoprune.algorithms.rules import DEFAULTS
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS, SUMMARIES
 from autoprune.algorithms.written import WRITTEN_ALLOCATIONS
 from autoprune.pipeline.lineage import Candidate, Lineage
 
 Messages = tuple[tuple[str, str], ...]
+Count = Callable[[Messages], int]
 
-SYSTEM = """You design pruning algorithms for language models. The `score` function gives every weight of a linear \
-layer a number; in each comparison group the lowest scores are pruned. Nothing is retrained.
-W: weights [out, in].
-{statistics}Group: row (weights of one output compete) or matrix (all weights of the layer compete).
-{allocation}
-Answer in exactly this form, without what the task tells you to leave out:
-Diagnosis: <what limits the candidate, at most 15 words>
-Hypothesis: <what you change and why the error will fall, at most 15 words>
-Group: row
-{form}
-def score({parameters}):
-    m0 = <expression>
-    return <expression>"""
-
-# Of the allocation, by what is written of it: what it is, and the form of the answer.
-ALLOCATION = {
-    "sdsa": "Allocation: how the budget is spread over the blocks. tau: lower = more weight on skewed blocks; m: share "
-    "of the budget that follows skewness, 0 is uniform; depth: how much more early blocks keep than late ones.",
-    "written": "The `allocate` function gives every block a number; blocks keep weights in proportion to it. "
-    "profile.NAME has one number per block, w being its weights and A the products |w| * x_norm:\n"
-    + "\n".join(f"profile.{name}: {description}." for name, description in SUMMARIES.items()),
-}
-FORM = {
-    "sdsa": "Allocation: sdsa tau=0.5 m=0.3 depth=0.2",
-    "written": "def allocate(profile, sparsity):\n    u0 = <expression>\n    return <expression>",
-}
-
-TASKS = {
-    "explore": "Task (explore): write an algorithm of a different kind than every one above: other statistics, "
-    "another normalisation, or another way to combine them.",
-    "mutate score": "Task (mutate): change the score function of step {focal} in the one respect that the evidence "
-    "says is worst. Group and allocation stay: leave them out of the answer.",
-    "mutate allocation": "Task (mutate): change tau, m and depth of step {focal}, so that the blocks with the most "
-    "error keep more. Group and function stay: leave them out of the answer.",
-    "mutate allocate": "Task (mutate): change the allocate function of step {focal}, so that the blocks with the most "
-    "error keep more. Group and score stay: leave them out of the answer.",
-    "crossover": "Task (crossover): join what works in step {focal} with what works in step {partner}.",
-}
-
+VERSION = "v1"  # of the templates, the folder that they lie in: what a prompt says is part of what a search was
 PATH_LIMIT = 5  # ancestors told of, the nearest
 KNOWN_LIMIT = 10  # algorithms listed as written already; more would crowd out the reasoning
+FAILURE_LIMIT = 5  # changes told of that came to nothing, the newest
+
+# The lines of an answer, by part (see `grammar`).
+FORMS = {
+    "group": "Group: row",
+    "allocation": "Allocation: sdsa tau=0.5 m=0.3 depth=0.2",
+    "allocate": "def allocate(profile, sparsity):\n    u0 = <expression>\n    return <expression>",
+    "score": "def score({parameters}):\n    m0 = <expression>\n    return <expression>",
+}
 
 
-def build_prompt(
-    lineage: Lineage,
-    task: str,
-    parents: tuple[str, ...],
-    dense_nll: float,
-    sparsity: float,
-    limit: int,
-    statistics: Sequence[str] = DEFAULT_STATISTICS,
-    allocation: str = "sdsa",
-) -> Messages:
-    """The prompt for one of TASKS: (role, text) messages of at most `limit` characters, of which the oldest evidence
-    is dropped first, but never the parents. statistics: names in STATISTICS that the answer is told of. allocation: a
-    key of ALLOCATION. A function of its arguments alone."""
-    system = _system(statistics, allocation)
-    head = [
-        f"{sparsity:.0%} of the weights are pruned. Fitness: mean negative log-likelihood of the pruned model in nats "
-        f"per token, lower is better; the dense model has {dense_nll:.3f}.",
-        "",
-        "Measured so far, best first; do not write these again:",
-        # The same for every prompt of a generation, and therefore first: the server computes a common beginning once.
-        *(f"- {c.fitness:.3f}: {_one_line(c)}" for c in lineage.evaluated()[:KNOWN_LIMIT]),
-        "",
-        "How we got here:",
-    ]
+@dataclass(frozen=True)
+class Setting:
+    """What holds for every prompt of a search.
+
+    dense: NLL of the unpruned model. parts: of an algorithm that are designed (see `grammar`), in order. statistics:
+    names in STATISTICS that the answer is told of. diverse: whether prompts name what exists and what failed. count:
+    tokens of a prompt; limit: how many it may have.
+    """
+
+    dense: float
+    sparsity: float
+    count: Count
+    limit: int
+    parts: tuple[str, ...] = PARTS
+    statistics: tuple[str, ...] = DEFAULT_STATISTICS
+    diverse: bool = True
+
+
+@functools.cache
+def template(name: str) -> str:
+    return (Path(__file__).parent / "prompts" / VERSION / f"{name}.txt").read_text().rstrip("\n")
+
+
+def build_prompt(lineage: Lineage, task: str, parents: tuple[str, ...], setting: Setting) -> Messages:
+    """The prompt for a task (explore, mutate_score, mutate_allocation, mutate_allocate, crossover, simplify), as (role,
+    text) messages of at most setting.limit tokens.
+
+    What is too much is dropped: the oldest evidence first, never the parents; then the oldest failures; then the worst
+    of what is listed as known. A function of its arguments alone.
+    """
+    system = _system(setting)
     steps = _walk(lineage, parents)
+    known = lineage.evaluated()[:KNOWN_LIMIT] if setting.diverse else []
+    failures = lineage.failures(parents[0])[-FAILURE_LIMIT:] if setting.diverse else []
     while True:
         numbers = {candidate.id: number for number, candidate in enumerate(steps, start=1)}
-        asked = TASKS[task].format(focal=numbers[parents[0]], partner=numbers[parents[-1]])
-        chain = [_step(lineage, candidate, numbers, allocation == "written") for candidate in steps]
-        user = "\n".join([*head, *chain, "", asked, "Give the diagnosis, the hypothesis, then the algorithm."])
-        oldest = next((candidate for candidate in steps if candidate.id not in parents), None)
-        if len(system) + len(user) <= limit or oldest is None:
-            return (("system", system), ("user", user))
-        steps.remove(oldest)
+        focal, partner = numbers[parents[0]], numbers[parents[-1]]
+        sections = [
+            _head(setting),
+            # The same for every prompt of a generation, and therefore early: the server computes a common beginning
+            # once.
+            _section("known", [f"- {c.fitness:.3f}: {_one_line(c)}" for c in known]),
+            _lines(["How we got here:", *(_step(lineage, c, numbers, setting) for c in steps)]),
+            _section("failures", [_failure(lineage, parents[0], c) for c in failures], focal=focal),
+            _lines([template(task).format(focal=focal, partner=partner), template("order")]),
+        ]
+        messages = (("system", system), ("user", "\n\n".join(filter(None, sections))))
+        old = next((candidate for candidate in steps if candidate.id not in parents), None)
+        if setting.count(messages) <= setting.limit or not (old or failures or known):
+            return messages
+        if old:
+            steps.remove(old)
+        elif failures:
+            failures = failures[1:]
+        else:
+            known = known[:-1]
 
 
-def _system(statistics: Sequence[str], allocation: str) -> str:
-    """What holds for every prompt of a search that offers these statistics and has this of an allocation written."""
+def plain_prompt(candidates: Sequence[Candidate], task: str, setting: Setting) -> Messages:
+    """A list of algorithms, best first, each with its fitness, and the wish for a better one (topk, fixed). What is too
+    much is dropped from its end."""
+    count = len(candidates)
+    while True:
+        listing = _lines(
+            f"Fitness {c.fitness:.3f}. {_settings(c, setting)}\n{_code(c, setting)}" for c in candidates[:count]
+        )
+        user = f"{_head(setting)}\n\n{template(task).format(listing=listing)}\n{template('order')}"
+        messages = (("system", _system(setting)), ("user", user))
+        if setting.count(messages) <= setting.limit or count == 1:
+            return messages
+        count -= 1
+
+
+def repair_prompt(messages: Messages, answer: str, error: str) -> Messages:
+    """The prompt of an answer, the answer, and why it cannot be used."""
+    return (*messages, ("assistant", answer), ("user", template("repair").format(error=error)))
+
+
+def _lines(texts: Iterable[str]) -> str:
+    return "\n".join(texts)
+
+
+def _section(name: str, lines: list[str], **words: object) -> str:
+    return template(name).format(lines=_lines(lines), **words) if lines else ""
+
+
+def _head(setting: Setting) -> str:
+    return template("head").format(sparsity=f"{setting.sparsity:.0%}", dense=f"{setting.dense:.3f}")
+
+
+@functools.lru_cache(maxsize=16)
+def _system(setting: Setting) -> str:
     shapes = {"r": "[in]", "m": "[out, in]"}
-    lines = (f"{name}: {STATISTICS[name].description}, {shapes[STATISTICS[name].type]}.\n" for name in statistics)
-    return SYSTEM.format(
-        statistics="".join(lines),
-        allocation=ALLOCATION[allocation],
-        form=FORM[allocation],
-        parameters=", ".join(("W", *statistics)),
-    )
+    statistics = _lines(f"{n}: {STATISTICS[n].description}, {shapes[STATISTICS[n].type]}." for n in setting.statistics)
+    allocation = template("allocation_given")
+    if "allocation" in setting.parts:
+        allocation = template("allocation_sdsa")
+    elif "allocate" in setting.parts:
+        summaries = _lines(f"profile.{name}: {description}." for name, description in SUMMARIES.items())
+        allocation = template("allocation_written").format(summaries=summaries)
+    if "score" not in setting.parts:
+        allocation += "\n" + template("score_given")
+    form = _lines(FORMS[part] for part in setting.parts).format(parameters=", ".join(("W", *setting.statistics)))
+    return template("system").format(statistics=statistics, allocation=allocation, form=form)
 
 
 def _walk(lineage: Lineage, parents: tuple[str, ...]) -> list[Candidate]:
-    """The candidates that the prompt speaks of, in proposal order, which is topological."""
-    chosen = {}
+    """The measured candidates that the prompt speaks of, in proposal order, which is topological."""
+    chosen = set(parents)
     for ancestor in lineage.ancestors_path(parents[0])[-PATH_LIMIT:]:
-        chosen[ancestor.id] = ancestor
-        measured = sorted(
-            (c for c in lineage.children(ancestor.id) if c.status == "evaluated" and c.id not in parents),
-            key=lambda c: c.fitness,
-        )
-        for contrast in {c.id: c for c in measured[:1] + measured[-1:]}.values():
-            chosen[contrast.id] = contrast
-    for partner in parents[1:]:
-        chosen[partner] = lineage[partner]
-    return [candidate for candidate in lineage if candidate.id in chosen]
+        chosen |= {ancestor.id, *(contrast.id for contrast in lineage.contrast(ancestor.id))}
+    return [candidate for candidate in lineage if candidate.id in chosen and candidate.status == "evaluated"]
 
 
-def _step(lineage: Lineage, candidate: Candidate, numbers: dict[str, int], written: bool) -> str:
-    """One numbered step: claim, algorithm, evidence, conclusion. written: allocations are functions in this search, so
-    a rule is shown as one where it can be."""
-    number = numbers[candidate.id]
+def _written(candidate: Candidate, setting: Setting) -> str:
+    """An allocation as a function, where this search has functions written and it can be shown as one."""
+    allocation = candidate.algorithm.allocation
+    usual = allocation.per == "block" and allocation.parameters == DEFAULTS.get(allocation.name)
+    if "allocate" in setting.parts and usual:
+        return WRITTEN_ALLOCATIONS.get(allocation.name, allocation.source)
+    return allocation.source
+
+
+def _settings(candidate: Candidate, setting: Setting) -> str:
+    written = _written(candidate, setting)
+    allocation = "as written" if written else candidate.algorithm.allocation
+    return f"Group: {candidate.algorithm.group}. Allocation: {allocation}."
+
+
+def _code(candidate: Candidate, setting: Setting) -> str:
+    return "\n".join(filter(None, (_written(candidate, setting).strip(), candidate.algorithm.score.strip())))
+
+
+def _step(lineage: Lineage, candidate: Candidate, numbers: dict[str, int], setting: Setting) -> str:
+    """One numbered step: claim, algorithm, evidence, conclusion."""
     sources = [str(numbers[parent]) for parent in candidate.parents if parent in numbers]
     origin = f" ({candidate.operator} of {' and '.join(sources)})" if sources else ""
-    allocation = candidate.algorithm.allocation
-    source = allocation.source
-    if written and allocation.per == "block" and allocation.parameters == DEFAULTS.get(allocation.name):
-        source = WRITTEN_ALLOCATIONS.get(allocation.name, "")
-    functions = filter(None, (source.strip(), candidate.algorithm.score.strip()))
-    code = "\n".join(functions).replace("\n", "\n   ")
     text = [
-        f"{number}.{origin} Claim: {candidate.hypothesis or 'none given'}",
-        f"   Group: {candidate.algorithm.group}. Allocation: {'as written' if source else allocation}.",
-        f"   {code}",
+        f"{numbers[candidate.id]}.{origin} Claim: {candidate.hypothesis or 'none given'}",
+        f"   {_settings(candidate, setting)}",
+        "   " + _code(candidate, setting).replace("\n", "\n   "),
         f"   Evidence: fitness {candidate.fitness:.3f}{_moved(lineage, candidate)}{_damage(candidate)}.",
         f"   Conclusion: {_conclusion(lineage, candidate)}",
     ]
@@ -178,6 +215,16 @@ def _conclusion(lineage: Lineage, candidate: Candidate) -> str:
         "refuted": "the claim is refuted.",
         "inconclusive": "no difference beyond the noise.",
     }.get(verdict, f"{verdict}.")
+
+
+def _failure(lineage: Lineage, parent: str, child: Candidate) -> str:
+    if child.status == "invalid":
+        return f"- refused: {child.error}"
+    if child.status == "failed":
+        return f"- {_one_line(child)}: {child.error}"
+    if child.status == "screened":
+        return f"- {_one_line(child)}: worse at first sight"
+    return f"- {_one_line(child)}: {lineage.edge(parent, child.id)['effect']:+.3f}"
 
 
 def _one_line(candidate: Candidate) -> str:

@@ -12,30 +12,24 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from autoprune.actors.messages import Evaluation
 from autoprune.algorithms.answers import SALVAGES
-from autoprune.algorithms.vocabulary import SUMMARIES
-from autoprune.models.catalogue import CATALOGUE
 from autoprune.models.checkpoint_files import checkpoint_bytes
-from autoprune.models.corpora import load_corpus, overlap, token_windows
 from autoprune.models.errors import InputError
 from autoprune.models.export import check_space
-from autoprune.models.loading import load_config as load_model_config
-from autoprune.models.loading import load_tokenizer, resolve_model
-from autoprune.models.pruning import check_model, native_dtype
+from autoprune.models.loading import resolve_model
 from autoprune.pipeline.checkpoint import Journal, load_checkpoint, write_atomic
 from autoprune.pipeline.config import Config, difference, load_config
+from autoprune.pipeline.ledger import JOURNAL
 from autoprune.pipeline.lineage import STATUSES
-from autoprune.pipeline.population import seed
+from autoprune.pipeline.preparation import SPLITS, Prepared, pool_plan, prepare, settled
 from autoprune.pipeline.progress import ConsoleProgress
 from autoprune.pipeline.report import write_report
-from autoprune.pipeline.search import CHECKPOINT, JOURNAL, Search
+from autoprune.pipeline.search import CHECKPOINT, Search
 
 CONFIG_FILE = "config.yaml"
-WRITERS = {"scripted": "scripted answers", "grammar": "the grammar, at random"}  # that are no models
-SPLITS = ("calibration", "fitness", "report")
+# That are no models.
+WRITERS = {"scripted": "scripted answers", "grammar": "the grammar, at random", "genetic": "variation, at random"}
 
 
 class Stopped(BaseException):
@@ -49,75 +43,44 @@ def run_search(config: Config, resume: bool, progress: ConsoleProgress) -> Path:
     when something that the search stands on went away.
     """
     began = time.monotonic()
-    config = _settled(config)
-    for text in config.search.seeds:
-        seed(text)
-    splits = [(name, getattr(config.data, name)) for name in SPLITS]
-    for index, (name, spec) in enumerate(splits):
-        for other, other_spec in splits[:index]:
-            if overlap(spec, other_spec):
-                raise InputError(
-                    f"data.{name} ({spec}) overlaps data.{other} ({other_spec}): give them different texts"
-                )
-    folder = config.folder
-    texts = {name: load_corpus(spec) for name, spec in splits}
-    target = resolve_model(config.target.model)
-    check_model(target, config.target.model, config.data.context)
-    blocks = load_model_config(target).get_text_config().num_hidden_layers
-    if config.evaluators.shards > blocks:
-        shards = config.evaluators.shards
-        raise InputError(
-            f"evaluators.shards is {shards}: expected at most {blocks}, the blocks of {config.target.model}"
-        )
-    tokenizer = load_tokenizer(target)
-    windows = {
-        name: token_windows(text, tokenizer, config.data.context, getattr(config.data, f"{name}_windows"))
-        for name, text in texts.items()
-    }
+    config = settled(config)
+    prepared = prepare(config)
     generator = _prepare_generator(config)
-    check_space(folder, checkpoint_bytes(target))
+    folder = config.folder
+    check_space(folder, checkpoint_bytes(prepared.folder))
     _open_folder(folder, config, resume)
-    hashes = {name: text.sha256 for name, text in texts.items()}
     try:
         # Ray sets a handler of its own for SIGTERM, so ours comes after it.
-        with _ray(), signals():
-            return _run(config, folder, blocks, windows, hashes, generator, progress, began)
+        with cluster(), signals():
+            return _run(config, folder, prepared, generator, progress, began)
     except InputError:
         if not resume and not (folder / JOURNAL).exists():
             shutil.rmtree(folder)
         raise
 
 
-def _settled(config: Config) -> Config:
-    """The configuration with what depends on this machine and this folder decided, so that it can be resumed later."""
-    target = replace(config.target, dtype=native_dtype(config.target.dtype), model=absolute(config.target.model))
-    writer = config.generator
-    writer = replace(writer, model=absolute(writer.model), answers=absolute(writer.answers))
-    data = replace(config.data, **{name: absolute(getattr(config.data, name)) for name in SPLITS})
-    return replace(config, runs=str(Path(config.runs).resolve()), target=target, generator=writer, data=data)
-
-
-def absolute(name: str) -> str:
-    """A path that exists here as an absolute one; any other name, and the slice after a path, as they are."""
-    path, bracket, rest = name.partition("[")
-    if path in CATALOGUE:
-        return name
-    return f"{Path(path).resolve()}{bracket}{rest}" if path and Path(path).exists() else name
-
-
 def _prepare_generator(config: Config):
     """The generator, or None where it is an actor that starts later and whose model has been found to exist."""
-    from autoprune.actors.generator import GrammarGenerator, OpenAIGenerator, ScriptedGenerator
+    from autoprune.actors.generator import GeneticGenerator, GrammarGenerator, OpenAIGenerator, ScriptedGenerator
 
     settings = config.generator
     if settings.kind == "openai":
         return OpenAIGenerator(settings.base_url, settings.model, settings.api_key_variable)
-    if settings.kind == "grammar":
-        return GrammarGenerator(config.seed)
+    if settings.kind in ("grammar", "genetic"):
+        return (GrammarGenerator if settings.kind == "grammar" else GeneticGenerator)(config.seed)
     if settings.kind == "scripted":
         return ScriptedGenerator(Path(settings.answers))
     resolve_model(settings.model)
     return None
+
+
+def start_vllm(config: Config, resources):
+    """vLLM in an actor, which loads while others do; `wait` for it. resources: ActorResources."""
+    from autoprune.actors.generator import VllmGenerator
+
+    settings = config.generator
+    options = {"max_model_len": settings.max_model_len, "seed": config.seed, "enforce_eager": True}
+    return VllmGenerator(settings.model, resources, options | settings.engine, settings.kv_cache_gib)
 
 
 def _open_folder(folder: Path, config: Config, resume: bool) -> None:
@@ -126,7 +89,9 @@ def _open_folder(folder: Path, config: Config, resume: bool) -> None:
     if resume:
         if not stored.exists():
             raise InputError(f"no run to resume in {folder}: expected {CONFIG_FILE} there")
-        changed = difference(replace(load_config(stored), name=config.name, runs=config.runs), config)
+        # Budgets may grow: what was done within the old ones is the same.
+        old = replace(load_config(stored), name=config.name, runs=config.runs, budgets=config.budgets)
+        changed = difference(old, config)
         if changed:
             raise InputError(f"the configuration of {folder} was changed ({'; '.join(changed)}): start another run")
         # Damage is told now, not after minutes of loading models.
@@ -171,7 +136,7 @@ def signals() -> Iterator[None]:
 
 
 @contextmanager
-def _ray() -> Iterator[None]:
+def cluster() -> Iterator[None]:
     """The cluster that RAY_ADDRESS or the job names, or a local one that ends with the search."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Actors without GPUs keep seeing whatever the machine shows; Ray announces this as its own future default.
@@ -191,19 +156,13 @@ def _ray() -> Iterator[None]:
 def _run(
     config: Config,
     folder: Path,
-    blocks: int,
-    windows: dict[str, torch.Tensor],
-    hashes: dict[str, str],
+    prepared: Prepared,
     generator,
     progress: ConsoleProgress,
     began: float,
 ) -> Path:
-    from autoprune.actors.generator import VllmGenerator
     from autoprune.actors.placement import plan_resources
-    from autoprune.actors.pool import EvaluatorPool, PoolPlan
-    from autoprune.algorithms.allocation import OPTIONAL
-    from autoprune.algorithms.allocation import needs as features_of
-    from autoprune.models.masking import needs
+    from autoprune.actors.pool import EvaluatorPool
     from autoprune.pipeline.tracking import MlflowTracker
 
     settings, evaluators = config.generator, config.evaluators
@@ -212,32 +171,13 @@ def _run(
     tracker.start(config.to_dict())
     own, shared = plan_resources(evaluators.shards, evaluators.replicas, evaluators.threads)
     status = "FAILED"
-    seeds = [seed(text).algorithm for text in config.search.seeds]
-    plan = PoolPlan(
-        model=config.target.model,
-        blocks=blocks,
-        shards=evaluators.shards,
-        replicas=evaluators.replicas,
-        threads=evaluators.threads,
-        dtype=config.target.dtype,
-        sparsity=config.target.sparsity,
-        splits=windows,
-        statistics=frozenset(config.search.statistics).union(*(needs(seed) for seed in seeds)),
-        features=frozenset(OPTIONAL & SUMMARIES.keys() if config.search.allocation == "written" else ()).union(
-            *(features_of(seed.allocation) for seed in seeds)
-        ),
-        deadline=evaluators.deadline,
-        attempts=evaluators.attempts,
-        resources=shared,
-    )
-    pool = EvaluatorPool(plan, progress.say)
+    pool = EvaluatorPool(pool_plan(config, prepared, shared), progress.say)
     artifacts: list[Path] = []
     metrics: dict[str, float] = {}
     try:
         if settings.kind == "vllm":
             progress.say(f"starting vLLM with {settings.model}")
-            options = {"max_model_len": settings.max_model_len, "seed": config.seed, "enforce_eager": True}
-            generator = VllmGenerator(settings.model, own, options | settings.engine, settings.kv_cache_gib)
+            generator = start_vllm(config, own)
         progress.say(f"starting {evaluators.replicas} × {evaluators.shards} evaluators for {config.target.model}")
         pool.start()
         if settings.kind == "vllm":
@@ -245,7 +185,7 @@ def _run(
         progress.say(f"dense: {', '.join(f'{name} {e.nll:.4f}' for name, e in pool.dense.items())} nats per token")
         search = Search(config, folder, generator, pool, tracker, progress, began)
         search.run()
-        artifacts, metrics = _conclude(config, folder, pool, search, hashes, tracker.ui_command, progress)
+        artifacts, metrics = _conclude(config, folder, pool, search, prepared.hashes, tracker.ui_command, progress)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -268,7 +208,7 @@ def _conclude(
     progress: ConsoleProgress,
 ) -> tuple[list[Path], dict[str, float]]:
     """Measure seeds and best on the report split, export the best, write the report. Returns artifacts and metrics."""
-    best = search.lineage.evaluated()[0]
+    best = search.lineage.best()
     rows = [("dense", None), *((c.id.removeprefix("seed-"), c) for c in search.lineage if c.operator == "seed")]
     rows = [(method, c) for method, c in rows if c is None or c.status == "evaluated"] + [("best found", best)]
     reported = search.measure([c.algorithm for _, c in rows if c is not None], "report")
@@ -311,6 +251,7 @@ def _conclude(
             "usable": spent.answers - counts["invalid"],
             "invalid": counts["invalid"],
             "repeated": counts["repeat"],
+            "screened": counts["screened"],
             "surplus": counts["surplus"],
             "evaluated": counts["evaluated"],
             "failed": counts["failed"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import networkx as nx
 
@@ -12,8 +12,9 @@ from autoprune.actors.messages import Evaluation
 from autoprune.algorithms.algorithm import Algorithm
 
 # proposed: written, not yet measured; invalid: refused by the language or the probe; repeat: its masks exist already;
-# surplus: new, but its generation had enough; evaluated: has a fitness; failed: its evaluation gave none.
-STATUSES = ("proposed", "invalid", "repeat", "surplus", "evaluated", "failed")
+# screened: a cheap fidelity found it worse than who holds its niche; surplus: new, but its generation had enough, or
+# the budget was used up; evaluated: has a fitness; failed: its evaluation gave none.
+STATUSES = ("proposed", "invalid", "repeat", "screened", "surplus", "evaluated", "failed")
 
 
 @dataclass
@@ -21,9 +22,12 @@ class Candidate:
     """An algorithm with its thought, parents, hypothesis, status and measurements.
 
     id: `g<generation>-c<index>`, seeds `seed-<name>`. algorithm: None where the answer could not be read.
-    prompt: the text that the language model was given, answer: what it wrote (both empty for seeds).
+    prompt: the text that the language model was given, answer: what it wrote (both empty for seeds). tokens: what the
+    answer took, with its share of the prompt. trials: cheap measurements that filled its constants.
     salvaged: what had to be mended before it could be read (see `algorithms.answers`).
     mask: packed masks on the probe layers, hexadecimal. repeats: id of the candidate that has the same masks.
+    niche: id of the candidate that founded its niche (see `niches`). rungs: what the cheap fidelities measured, by
+    name; rival: id of the candidate that they were held against. fresh: measurement on text that no generation saw.
     """
 
     id: str
@@ -35,18 +39,40 @@ class Candidate:
     hypothesis: str = ""
     prompt: str = ""
     answer: str = ""
+    tokens: float = 0.0
+    trials: int = 0
     status: str = "proposed"
     error: str | None = None
     salvaged: tuple[str, ...] = ()
     mask: str = ""
     mask_hash: str = ""
     repeats: str | None = None
+    niche: str = ""
+    rungs: dict[str, float] = field(default_factory=dict)
+    rival: str | None = None
     evaluation: Evaluation | None = None
+    fresh: Evaluation | None = None
 
     @property
     def fitness(self) -> float:
         """Mean negative log-likelihood per token on the fitness split, nats; infinite where there is none."""
         return self.evaluation.nll if self.evaluation is not None and self.status == "evaluated" else math.inf
+
+    @property
+    def believed(self) -> float:
+        """Fitness over all text that it was measured on, the fresh text included."""
+        if self.fresh is None or self.fresh.nll is None:
+            return self.fitness
+        tokens = self.evaluation.tokens, self.fresh.tokens
+        return (self.fitness * tokens[0] + self.fresh.nll * tokens[1]) / sum(tokens)
+
+    def to_dict(self) -> dict:
+        """Plain data; without the seconds of its measurements, which are another's every time."""
+        data = asdict(self)
+        for name in ("evaluation", "fresh"):
+            if data[name] is not None:
+                del data[name]["seconds"]
+        return data
 
     @classmethod
     def from_dict(cls, data: dict) -> Candidate:
@@ -55,8 +81,9 @@ class Candidate:
         data["salvaged"] = tuple(data.get("salvaged", ()))
         if data["algorithm"] is not None:
             data["algorithm"] = Algorithm.from_dict(data["algorithm"])
-        if data["evaluation"] is not None:
-            data["evaluation"] = Evaluation.from_dict(data["evaluation"])
+        for name in ("evaluation", "fresh"):
+            if data[name] is not None:
+                data[name] = Evaluation.from_dict(data[name])
         return cls(**data)
 
 
@@ -123,11 +150,29 @@ class Lineage:
         """Candidates that have a fitness, best first; ties in proposal order."""
         return sorted((c for c in self if c.status == "evaluated"), key=lambda c: c.fitness)
 
+    def best(self) -> Candidate:
+        """Of those that were measured again on fresh text the best over all text; without any, the best."""
+        measured = self.evaluated()
+        return min([c for c in measured if c.fresh is not None] or measured, key=lambda c: c.believed)
+
     def edge(self, parent: str, child: str) -> dict:
         return self.graph.edges[parent, child]
 
     def children(self, name: str) -> list[Candidate]:
         return [self[child] for child in self.graph.successors(name)]
+
+    def contrast(self, name: str) -> list[Candidate]:
+        """The best and the worst measured child, where there are two."""
+        measured = sorted((c for c in self.children(name) if c.status == "evaluated"), key=lambda c: c.fitness)
+        return list({c.id: c for c in measured[:1] + measured[-1:]}.values())
+
+    def failures(self, name: str) -> list[Candidate]:
+        """Children that came to nothing: refused, stopped by a cheap fidelity, or measured and worse."""
+        return [
+            child
+            for child in self.children(name)
+            if child.status in ("invalid", "screened", "failed") or self.edge(name, child.id)["verdict"] == "refuted"
+        ]
 
     def ancestors_path(self, name: str) -> list[Candidate]:
         """From the oldest ancestor down to the candidate, along first parents."""
@@ -138,7 +183,7 @@ class Lineage:
 
     def to_dict(self) -> dict:
         edges = [{"parent": p, "child": c, **data} for p, c, data in self.graph.edges(data=True)]
-        return {"candidates": [asdict(c) for c in self], "edges": edges}
+        return {"candidates": [c.to_dict() for c in self], "edges": edges}
 
     @classmethod
     def from_dict(cls, data: dict) -> Lineage:

@@ -1,10 +1,8 @@
-"""Who are the parents: seeds, elites, and the choice of operator and parents for a prompt."""
+"""Who are the parents: seeds, and the choice of parents for a prompt."""
 
 from __future__ import annotations
 
-import bisect
 import difflib
-import itertools
 import random
 import sys
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from autoprune.algorithms.language import LanguageError, parse
 from autoprune.algorithms.reader import FORMS, Function, canonical
 from autoprune.algorithms.scores import BASELINES, NATIVE
 from autoprune.models.errors import InputError
-from autoprune.pipeline.lineage import Candidate, Lineage, mask_distance
+from autoprune.pipeline.lineage import Candidate, mask_distance
 
 # What the baselines claim, so that the first prompts have a claim to set against the evidence.
 CLAIMS = {
@@ -130,29 +128,11 @@ def seed(text: str) -> Candidate:
     return Candidate(f"seed-{text}", 0, "seed", algorithm=algorithm, hypothesis=hypothesis)
 
 
-def elites(lineage: Lineage, count: int) -> list[Candidate]:
-    """The best candidates, best first."""
-    return lineage.evaluated()[:count]
-
-
-def choose_operators(rng: random.Random, weights: dict[str, float], count: int) -> list[str]:
-    """Operators for `count` prompts, in proportion to their weights as nearly as so many allow.
-
-    One random offset decides all (systematic sampling), so a generation is not of one kind by chance.
-    """
-    names = sorted(name for name in weights if weights[name] > 0)
-    edges = list(itertools.accumulate(weights[name] for name in names))
-    offset = rng.random()
-    positions = ((index + offset) / count * edges[-1] for index in range(count))
-    return [names[min(bisect.bisect(edges, position), len(names) - 1)] for position in positions]
-
-
-def choose_parents(rng: random.Random, operator: str, lineage: Lineage, count: int) -> tuple[str, ...]:
+def choose_parents(rng: random.Random, operator: str, best: Sequence[Candidate]) -> tuple[str, ...]:
     """The focal candidate and, for crossover, the elite whose masks are farthest from its masks.
 
-    The focal candidate is drawn among the `count` elites, the better with more weight (linear in rank).
+    best: the elites, best first; the focal candidate is drawn among them, the better with more weight (linear in rank).
     """
-    best = elites(lineage, count)
     focal = rng.choices(best, [len(best) - rank for rank in range(len(best))])[0]
     if operator != "crossover" or len(best) < 2:
         return (focal.id,)

@@ -17,7 +17,7 @@ from autoprune.pipeline.checkpoint import write_atomic
 from autoprune.pipeline.lineage import Candidate, Lineage, paired_difference
 from autoprune.pipeline.plots import REFERENCES, lineage_png, progress_png, sparsity_png
 
-COUNTS = ("answers", "usable", "invalid", "repeated", "surplus", "evaluated", "failed")
+COUNTS = ("answers", "usable", "invalid", "repeated", "screened", "surplus", "evaluated", "failed")
 
 
 def algorithm_text(algorithm: Algorithm) -> str:
@@ -65,7 +65,7 @@ def table(summary: dict) -> Table:
 
 
 def _counts_line(summary: dict) -> str:
-    text = ", ".join(f"{summary['counts'][name]} {name}" for name in COUNTS)
+    text = ", ".join(f"{summary['counts'][name]} {name}" for name in COUNTS if name in summary["counts"])
     salvaged = [f"{count} with {kind}" for kind, count in summary.get("salvaged", {}).items() if count]
     return text + (f"; mended before reading: {', '.join(salvaged)}" if salvaged else "")
 

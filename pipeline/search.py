@@ -9,44 +9,35 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from autoprune.actors.messages import Answer, Evaluation, Probe, Request
+from autoprune.actors.messages import Answer, Evaluation, Request
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.answers import parse_answer
+from autoprune.algorithms.constants import constants, fill
 from autoprune.algorithms.grammar import PARTS, WRITTEN_PARTS, answer_grammar
 from autoprune.algorithms.manual import brief
 from autoprune.algorithms.translator import LanguageError
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
-from autoprune.pipeline.checkpoint import Journal, load_checkpoint, save_checkpoint, write_atomic
+from autoprune.pipeline.checkpoint import load_checkpoint, save_checkpoint, write_atomic
 from autoprune.pipeline.config import Config
-from autoprune.pipeline.gcot import Messages, build_prompt
+from autoprune.pipeline.gcot import Messages, Setting, build_prompt, plain_prompt, repair_prompt
+from autoprune.pipeline.ledger import FULL, Evaluator, Generator, Ledger, Spent
 from autoprune.pipeline.lineage import STATUSES, Candidate, Lineage
-from autoprune.pipeline.population import choose_operators, choose_parents, seed
+from autoprune.pipeline.niches import elites
+from autoprune.pipeline.operators import choose, weights
+from autoprune.pipeline.population import choose_parents, seed
+from autoprune.pipeline.screening import Screen
 
-JOURNAL, CHECKPOINT = "journal.jsonl", "checkpoint"  # in the run folder
-
-
-class Generator(Protocol):
-    """Who writes: per request, its answers."""
-
-    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]: ...
-
-
-class Evaluator(Protocol):
-    """Who measures. `dense`: the unpruned model on each split; `evaluate` yields (index of the job, measurement)."""
-
-    dense: dict[str, Evaluation]
-
-    def probe(self, algorithms: Sequence[Algorithm]) -> list[Probe]: ...
-
-    def evaluate(self, jobs: Sequence[Algorithm], split: str = "fitness") -> Iterator[tuple[int, Evaluation]]: ...
+CHECKPOINT = "checkpoint"  # in the run folder
+LINES = 3  # that may stand above an answer's return
+SIMPLE_LINES = 1  # in an answer that is to be simpler
 
 
 class Tracker(Protocol):
@@ -67,25 +58,14 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Slot:
-    """One prompt. parts: of an algorithm, which the answer holds (see `grammar`); the others are the first parent's."""
+    """One prompt. parts: of an algorithm, which the answer holds (see `grammar`); the others are the first parent's.
+    lines: that a function of the answer may have above its return."""
 
     operator: str
     parents: tuple[str, ...]
     messages: Messages
     parts: tuple[str, ...]
-
-
-@dataclass
-class Spent:
-    """What the search has used, over all its sittings. Seconds are the driver's."""
-
-    answers: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    evaluations: int = 0
-    generating: float = 0.0
-    evaluating: float = 0.0
-    total: float = 0.0
+    lines: int = LINES
 
 
 @dataclass
@@ -98,19 +78,24 @@ class Search:
     evaluator: Evaluator
     tracker: Tracker
     progress: Progress
-    began: float = field(default_factory=time.monotonic)
+    began: float | None = None
     lineage: Lineage = field(default_factory=Lineage)
-    spent: Spent = field(default_factory=Spent)
 
     def __post_init__(self) -> None:
-        self._journal = Journal(self.folder / JOURNAL)
-        records = self._journal.records
-        self._answers = {(r["generation"], r["round"]): r for r in records if r["kind"] == "answers"}
-        self._measured = {(r["key"], r["split"]): r for r in records if r["kind"] == "evaluation"}
+        clock = {} if self.began is None else {"began": self.began}
+        self.ledger = Ledger(
+            self.folder, self.generator, self.evaluator, self.config.budgets, self.progress.step, **clock
+        )
+        self.screen = Screen(self.config.search, self.lineage, self.ledger.measure)
         self._done = -1
 
+    @property
+    def spent(self) -> Spent:
+        return self.ledger.spent
+
     def run(self) -> None:
-        """Seeds, then generations; a checkpoint after each."""
+        """Seeds, then generations until all are done or a budget is used up, a checkpoint after each; then the elites
+        on fresh text."""
         self.restore()
         if self._done < 0:
             self._commit(0, [seed(text) for text in self.config.search.seeds])
@@ -118,86 +103,112 @@ class Search:
                 errors = "; ".join(f"{c.id}: {c.error}" for c in self.lineage)
                 raise InputError(f"none of the seeds could be measured ({errors})")
         for generation in range(max(1, self._done + 1), self.config.search.generations + 1):
+            budget = None if self.ledger.holds_answers(generation) else self.ledger.exhausted()
+            if budget:
+                self.progress.say(f"the search ends before generation {generation}: {budget} is used up")
+                break
             self._commit(generation, self._propose(generation))
+        self._confirm()
+
+    def _confirm(self) -> None:
+        """Measure the elites on text that no generation saw: the best of many is partly the luckiest."""
+        best = self._elites()
+        for candidate, evaluation in zip(best, self.measure([c.algorithm for c in best], "fresh"), strict=True):
+            candidate.fresh = evaluation if evaluation.error is None else None
+        self._save(self._done)
+        winner = self.lineage.best()
+        self.progress.say(f"best after {len(best)} elites met fresh text: {winner.id}, {winner.believed:.4f} over all")
 
     def measure(self, algorithms: Sequence[Algorithm], split: str) -> list[Evaluation]:
-        """Measurements in the order of the jobs; what the journal holds is not measured again."""
-        missing = {a.key: a for a in algorithms if (a.key, split) not in self._measured}
-        began = time.monotonic()
-        jobs = list(missing.values())
-        for done, (index, evaluation) in enumerate(self.evaluator.evaluate(jobs, split), start=1):
-            now = time.monotonic()
-            record = {
-                "kind": "evaluation",
-                "key": jobs[index].key,
-                "split": split,
-                "evaluation": asdict(evaluation),
-                "seconds": now - began,
-            }
-            began = now
-            if not evaluation.lost:  # what the actors lost may be measured when the search is resumed
-                self._journal.append(record)
-            self._measured[jobs[index].key, split] = record
-            self.progress.step(f"evaluating ({split})", done, len(jobs))
-        results = []
-        for algorithm in algorithms:
-            record = self._measured[algorithm.key, split]
-            self.spent.evaluating += record["seconds"]
-            results.append(Evaluation.from_dict(record["evaluation"]))
-        return results
+        """Measurements in the order of the algorithms; what the journal holds is not measured again."""
+        return self.ledger.measure(algorithms, split)
+
+    # Proposing
 
     def _propose(self, generation: int) -> list[Candidate]:
         """Ask until there are enough algorithms that nobody wrote before, or the rounds are used up."""
-        plan, candidates, fresh = self.config.search, [], 0
+        plan, candidates, fresh, repairs = self.config.search, [], 0, plan_repairs(self.config)
         for round_ in range(plan.rounds):
             slots = self.slots(generation, round_)
-            answers = self._ask(generation, round_, slots)
-            written = []
-            # The first answer to each prompt, then the second, …: no prompt's answers crowd out another's.
-            pairs = [[(slot, answer) for answer in texts] for slot, texts in zip(slots, answers, strict=True)]
-            for slot, answer in filter(None, itertools.chain(*itertools.zip_longest(*pairs))):
-                index = len(candidates) + len(written)
-                written.append(self.read(f"g{generation:02d}-c{index:02d}", generation, slot, answer))
+            asked = [slot for slot in slots if slot.operator != "tune"]
+            written = [self._tuned(generation, slot, i) for i, slot in enumerate(s for s in slots if s not in asked)]
+            answers = self._ask(generation, round_, "round", asked, self._share(len(asked)))
+            read = self._read_all(generation, asked, answers, len(candidates) + len(written))
+            written += [candidate for _, candidate in read]
             self._probe(written, candidates)
             candidates += written
+            broken = [(slot, candidate) for slot, candidate in read if candidate.status == "invalid"][:repairs]
+            if broken:
+                repairs -= len(broken)
+                candidates += self._repaired(generation, round_, broken, candidates)
             fresh = sum(c.status == "proposed" for c in candidates)
-            if fresh >= plan.candidates:
+            if fresh >= plan.candidates or self.ledger.left("calls") < 1:
                 break
         self.progress.say(f"generation {generation}: {len(candidates)} answers, {fresh} new algorithms")
         return candidates
 
     def slots(self, generation: int, round_: int) -> list[Slot]:
-        """The prompts of one round: who are the parents, and what is asked."""
+        """The prompts of one round: who are the parents, and what is asked. `tune` asks nobody, and once a
+        generation at most."""
         plan = self.config.search
         rng = random.Random(f"{self.config.seed}/{generation}/{round_}")
-        slots = []
-        for operator in choose_operators(rng, plan.operators, plan.prompts):
-            parents = choose_parents(rng, operator, self.lineage, plan.elites)
-            if operator == "crossover" and len(parents) < 2:
-                operator = "mutate"  # there is nobody else yet
-            task, parts = operator, WRITTEN_PARTS if plan.allocation == "written" else PARTS
-            if operator == "mutate":
-                # Of the allocation or of the score, in turn: it is then known which made the difference. A generation
-                # of one mutation has its turn, too.
-                turn = generation + round_ + sum(slot.operator == "mutate" for slot in slots)
-                parts = ("score",) if turn % 2 else (parts[1],)
-                task = f"mutate {parts[0]}"
-            dense = self.evaluator.dense["fitness"].nll
-            sparsity = self.config.target.sparsity
-            limit = self._prompt_limit
-            messages = build_prompt(
-                self.lineage, task, parents, dense, sparsity, limit, plan.statistics, plan.allocation
-            )
-            slots.append(Slot(operator, parents, messages, parts))
+        frequencies = weights(plan.operators, self.lineage, generation) if plan.adapt else dict(plan.operators)
+        if round_ > 0 or plan.prompt == "fixed":
+            frequencies.pop("tune", None)
+        slots: list[Slot] = []
+        for operator in choose(rng, frequencies, plan.prompts):
+            parents = choose_parents(rng, operator, self._elites())
+            if operator == "tune" and any(slot.operator == "tune" for slot in slots):
+                operator = "mutate"
+            slots.append(self._slot(operator, parents, generation + round_ + len(slots)))
         return slots
 
+    def _slot(self, operator: str, parents: tuple[str, ...], turn: int) -> Slot:
+        """turn: by which mutations of the score and of the allocation come in turn, so that it is known which made the
+        difference; a search of one mutation per generation has its turns, too."""
+        plan, parts = self.config.search, self._parts
+        if operator == "tune":
+            return Slot(operator, parents, (), ())
+        if plan.prompt == "fixed":
+            seeds = [c for c in self.lineage.evaluated() if c.operator == "seed"]
+            return Slot("sample", (seeds[0].id,), plain_prompt(seeds, "fixed", self._setting), parts)
+        if operator == "crossover" and len(parents) < 2:
+            operator = "mutate"  # there is nobody else yet
+        if operator == "simplify" and "score" not in parts:
+            operator = "mutate"
+        lines, asked, task = LINES, parts, operator
+        if operator == "mutate":
+            choices = [part for part in parts if part != "group"]
+            asked = (choices[turn % len(choices)],)
+            task = f"mutate_{asked[0]}"
+        elif operator == "simplify":
+            asked, lines = ("score",), SIMPLE_LINES
+        if plan.prompt == "topk":
+            best = self._elites()
+            return Slot("improve", (best[0].id,), plain_prompt(best, "topk", self._setting), parts)
+        return Slot(operator, parents, build_prompt(self.lineage, task, parents, self._setting), asked, lines)
+
+    def _elites(self) -> list[Candidate]:
+        return elites(self.lineage, self.config.search.elites, self.config.search.diversity)
+
     @property
-    def _prompt_limit(self) -> int:
-        """Characters that a prompt may have: code takes a token for every two and a half, or more."""
-        writer = self.config.generator
-        room = int(2.5 * (writer.max_model_len - writer.max_tokens))
-        # Such a server may refuse the grammar and be told in words.
-        return room - len(brief(self.config.search.allocation == "written")) if writer.kind == "openai" else room
+    def _parts(self) -> tuple[str, ...]:
+        plan = self.config.search
+        parts = WRITTEN_PARTS if plan.allocation == "written" else PARTS
+        return {"both": parts, "score": ("group", "score"), "allocate": parts[1:2]}[plan.design]
+
+    @property
+    def _setting(self) -> Setting:
+        writer, plan = self.config.generator, self.config.search
+        return Setting(
+            dense=self.evaluator.dense[FULL].nll,
+            sparsity=self.config.target.sparsity,
+            count=self.generator.count,
+            limit=min(writer.prompt_tokens, writer.max_model_len - writer.max_tokens),
+            parts=self._parts,
+            statistics=plan.statistics,
+            diverse=plan.diversity,
+        )
 
     def request(self, slot: Slot, count: int, round_: int, offset: int) -> Request:
         """What the generator is asked for `count` answers. offset: see `Request`."""
@@ -207,41 +218,46 @@ class Search:
             n=count,
             temperature=writer.temperature + writer.heat * round_,
             max_tokens=writer.max_tokens,
-            grammar=answer_grammar(parts=slot.parts, statistics=self.config.search.statistics),
+            grammar=answer_grammar(slot.lines, slot.parts, self.config.search.statistics),
             brief=brief("allocate" in slot.parts),
             offset=offset,
             parts=slot.parts,
             statistics=self.config.search.statistics,
+            operator=slot.operator,
+            parents=tuple(self.lineage[parent].algorithm for parent in slot.parents),
         )
 
-    def _ask(self, generation: int, round_: int, slots: list[Slot]) -> list[list[Answer]]:
+    def _share(self, prompts: int) -> list[int]:
+        """Answers to ask of each prompt of a round, within the budget."""
+        total = min(self.config.search.answers, self.ledger.left("calls"))
+        share, extra = divmod(int(total), max(prompts, 1))
+        return [share + (index < extra) for index in range(prompts)]
+
+    def _ask(self, generation: int, round_: int, what: str, slots: list[Slot], counts: list[int]) -> list[list[Answer]]:
         """Answers per slot, from the journal where it has them."""
-        record = self._answers.get((generation, round_))
-        if record is None:
-            plan = self.config.search
-            share, extra = divmod(plan.answers, plan.prompts)
-            counts = [share + (index < extra) for index in range(plan.prompts)]
-            requests = [
-                self.request(slot, count, round_, self.spent.answers + sum(counts[:index]))
-                for index, (slot, count) in enumerate(zip(slots, counts, strict=True))
+
+        def requests() -> list[Request]:
+            offsets = itertools.accumulate(counts, initial=self.spent.answers)
+            return [
+                self.request(slot, count, round_, offset)
+                for slot, count, offset in zip(slots, counts, offsets, strict=False)
+                if count
             ]
-            began = time.monotonic()
-            answers = self.generator.generate(requests)
-            record = {
-                "kind": "answers",
-                "generation": generation,
-                "round": round_,
-                "answers": [[asdict(answer) for answer in texts] for texts in answers],
-                "seconds": time.monotonic() - began,
-            }
-            self._journal.append(record)
-        answers = [[Answer(**answer) for answer in texts] for texts in record["answers"]]
-        self.spent.generating += record["seconds"]
-        for texts in answers:
-            self.spent.answers += len(texts)
-            self.spent.prompt_tokens += texts[0].prompt_tokens if texts else 0
-            self.spent.completion_tokens += sum(answer.completion_tokens for answer in texts)
-        return answers
+
+        answers = self.ledger.answers((generation, round_, what), requests)
+        return answers + [[]] * (len(slots) - len(answers))
+
+    def _read_all(
+        self, generation: int, slots: list[Slot], answers: list[list[Answer]], first: int
+    ) -> list[tuple[Slot, Candidate]]:
+        # The first answer to each prompt, then the second, …: no prompt's answers crowd out another's.
+        pairs = [[(slot, answer, texts) for answer in texts] for slot, texts in zip(slots, answers, strict=True)]
+        found = []
+        for slot, answer, texts in filter(None, itertools.chain(*itertools.zip_longest(*pairs))):
+            candidate = self.read(f"g{generation:02d}-c{first + len(found):02d}", generation, slot, answer)
+            candidate.tokens = answer.completion_tokens + round(answer.prompt_tokens / len(texts), 1)
+            found.append((slot, candidate))
+        return found
 
     def read(self, name: str, generation: int, slot: Slot, answer: Answer) -> Candidate:
         """An answer as a candidate; one that cannot be read is invalid, with the reason."""
@@ -258,12 +274,49 @@ class Search:
         candidate.diagnosis, candidate.hypothesis = proposal.diagnosis, proposal.hypothesis
         return candidate
 
+    def _repaired(
+        self, generation: int, round_: int, broken: list[tuple[Slot, Candidate]], earlier: list[Candidate]
+    ) -> list[Candidate]:
+        """Invalid answers, each asked for once more with its error: what comes is a child of the same parents, and of
+        the broken one."""
+        slots = [
+            replace(slot, operator="repair", messages=repair_prompt(slot.messages, candidate.answer, candidate.error))
+            for slot, candidate in broken
+        ]
+        counts = [int(index < self.ledger.left("calls")) for index in range(len(slots))]
+        answers = self._ask(generation, round_, "repair", slots, counts)
+        read = self._read_all(generation, slots, answers, len(earlier))
+        origins = {id(slot): candidate.id for slot, (_, candidate) in zip(slots, broken, strict=True)}
+        for slot, candidate in read:
+            candidate.parents = (*slot.parents, origins[id(slot)])
+        written = [candidate for _, candidate in read]
+        self._probe(written, earlier)
+        return written
+
+    def _tuned(self, generation: int, slot: Slot, index: int) -> Candidate:
+        """The first parent with its constants filled by a search on the cheap fidelity. Nobody is asked."""
+        parent = self.lineage[slot.parents[0]]
+        candidate = Candidate(f"g{generation:02d}-c{index:02d}", generation, "tune", slot.parents)
+        trials: list[Algorithm] = []
+
+        def measure(algorithms: list[Algorithm]) -> list[float]:
+            trials.extend(algorithms)
+            return [value if value is not None else math.inf for value in self.screen.values("cheap", algorithms)]
+
+        candidate.algorithm = parent.algorithm
+        if constants(parent.algorithm):
+            (start,) = self.screen.values("cheap", [parent.algorithm])
+            candidate.algorithm, _ = fill(parent.algorithm, measure, start, self.config.search.tuning)
+        candidate.trials = len(trials)
+        candidate.hypothesis = f"other constants, the best of {len(trials)} that were tried, on a part of the text"
+        return candidate
+
     def _probe(self, written: list[Candidate], earlier: list[Candidate]) -> None:
         """Settle which candidates are invalid and which repeat another's masks, before anything is measured."""
         readable = [c for c in written if c.status == "proposed"]
         probes = self.evaluator.probe([c.algorithm for c in readable])
         others = reversed([*self.lineage, *earlier])
-        known = {c.mask_hash: c.id for c in others if c.status in ("evaluated", "failed", "proposed")}
+        known = {c.mask_hash: c.id for c in others if c.status in ("evaluated", "failed", "screened", "proposed")}
         for candidate, probe in zip(readable, probes, strict=True):
             if probe.error is not None:
                 candidate.status, candidate.error = "invalid", probe.error
@@ -274,24 +327,27 @@ class Search:
             else:
                 known[probe.mask_hash] = candidate.id
 
+    # Measuring
+
     def _commit(self, generation: int, candidates: list[Candidate]) -> None:
-        """Measure what is new, add everything to the graph in proposal order, tell the tracker, save."""
+        """Measure the new ones, cheapest fidelity first, and record all of them in proposal order."""
         if generation == 0:
             self._probe(candidates, [])
-        chosen = [c for c in candidates if c.status == "proposed"]
-        if generation > 0:
-            chosen = chosen[: self.config.search.candidates]
-            for candidate in candidates:
-                if candidate.status == "proposed" and candidate not in chosen:
-                    candidate.status = "surplus"
-        evaluations = self.measure([c.algorithm for c in chosen], "fitness")
+            chosen = [c for c in candidates if c.status == "proposed"]
+        else:
+            chosen = self.screen.passed([c for c in candidates if c.status == "proposed"])
+            room = int(min(self.config.search.candidates, self.ledger.left("evaluations")))
+            for candidate in chosen[room:]:
+                candidate.status = "surplus"
+            chosen = chosen[:room]
+        evaluations = self.measure([c.algorithm for c in chosen], FULL)
         for candidate, evaluation in zip(chosen, evaluations, strict=True):
             candidate.status = "evaluated" if evaluation.error is None else "failed"
             candidate.evaluation = evaluation if evaluation.error is None else None
             candidate.error = evaluation.error
-            self.spent.evaluations += 1
         for candidate in candidates:
             self.lineage.add(candidate)
+        self.screen.learn(candidates)
         for candidate in candidates:
             edges = self._edges(candidate)
             self.tracker.candidate(candidate, edges)
@@ -299,6 +355,7 @@ class Search:
                 self.progress.say(self._line(candidate, edges))
         self.tracker.generation(generation, self._metrics(candidates))
         self._save(generation)
+        self.progress.say(f"  {self.ledger.line()}")
 
     def _edges(self, candidate: Candidate) -> list[dict]:
         return [{"parent": parent, **self.lineage.edge(parent, candidate.id)} for parent in candidate.parents]
@@ -319,19 +376,19 @@ class Search:
         metrics = {}
         if best:
             metrics = {"best_fitness_nll": best[0].fitness, "best_fitness_perplexity": perplexity(best[0].fitness)}
+        metrics |= {f"rank_correlation.{name}": value for name, value in self.screen.correlations().items()}
         return metrics | {name: float(value) for name, value in counts.items()}
+
+    # Keeping
 
     def spend(self) -> Spent:
         """What was spent until now."""
-        now = time.monotonic()
-        self.spent.total, self.began = self.spent.total + now - self.began, now
-        return self.spent
+        return self.ledger.tick()
 
     def _save(self, generation: int) -> None:
         self._done = generation
-        self.spend()
+        spent = json.dumps(asdict(self.spend()) | {"used": self.ledger.used}).encode()
         lineage = json.dumps(self.lineage.to_dict(), indent=1).encode()
-        spent = json.dumps(asdict(self.spent)).encode()
         save_checkpoint(self.folder / CHECKPOINT, generation, {"lineage.json": lineage, "spent.json": spent})
         write_atomic(self.folder / "lineage.json", lineage)
 
@@ -342,9 +399,21 @@ class Search:
             return
         for line in loaded.damaged:
             self.progress.say(f"passed over a damaged checkpoint: {line}")
-        self.lineage = Lineage.from_dict(json.loads(loaded.files["lineage.json"]))
-        self.spent = Spent(**json.loads(loaded.files["spent.json"]))
+        restored = Lineage.from_dict(json.loads(loaded.files["lineage.json"]))
+        for candidate in restored:
+            if candidate.evaluation is not None:
+                seconds = self.ledger.seconds_of(candidate.algorithm.key)
+                candidate.evaluation = replace(candidate.evaluation, seconds=seconds)
+            self.lineage.add(candidate)
+        self.screen.learn(list(self.lineage))
+        spent = json.loads(loaded.files["spent.json"])
+        self.ledger.restore(spent["used"], spent["total"])
         self._done = loaded.generation
         for candidate in self.lineage:  # a tracker that was away when the search stopped catches up
             self.tracker.candidate(candidate, self._edges(candidate))
         self.progress.say(f"resumed after generation {loaded.generation} with {len(self.lineage)} candidates")
+
+
+def plan_repairs(config: Config) -> int:
+    """How many answers of a generation may be repaired; a fixed prompt learns nothing, from errors neither."""
+    return 0 if config.search.prompt == "fixed" else config.search.repairs

@@ -1,12 +1,15 @@
 """A search without Ray, vLLM and MLflow: the real shards in this process, scripted answers, a list as tracker."""
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from autoprune.actors.evaluator import EvaluatorShard
-from autoprune.actors.generator import GrammarGenerator, ScriptedGenerator
+from autoprune.actors.generator import GeneticGenerator, GrammarGenerator, ScriptedGenerator
 from autoprune.actors.messages import Evaluation
+from autoprune.actors.pool import split_windows
 from autoprune.models.masking import planned_sparsities
 from autoprune.pipeline.config import Config, Data, Generator, SearchPlan, Target
 from autoprune.pipeline.search import Search
@@ -21,42 +24,58 @@ def small_config(folder: Path) -> Config:
         target=Target("tiny", 0.5),
         generator=Generator(kind="scripted", answers=str(ANSWERS)),
         data=Data(context=16),
-        search=SearchPlan(("magnitude", "wanda", "wanda+sdsa"), generations=3, candidates=2, prompts=2, answers=3),
+        search=SearchPlan(
+            ("magnitude", "wanda", "wanda+sdsa"), generations=3, candidates=2, prompts=2, answers=3, tuning=3
+        ),
     )
 
 
 class LocalEvaluator:
-    """The Evaluator protocol over one shard in this process. `measured` counts how often each algorithm ran."""
+    """The Evaluator protocol over shards in this process, bounds saying where each begins and ends.
 
-    def __init__(self, folder: Path, sparsity: float, die_after: int | None = None) -> None:
+    measured: every measurement that was made, as (key of the algorithm, split).
+    """
+
+    def __init__(
+        self, folder: Path, sparsity: float, die_after: int | None = None, bounds: Sequence[int] = (0, 4)
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
-        self._shard = EvaluatorShard(str(folder), 0, 4, "float32", "cpu", torch.get_num_threads())
-        self._splits = {s: torch.randint(0, 256, (4, 16), generator=generator) for s in ("fitness", "report")}
+        self._shards = [
+            EvaluatorShard(str(folder), start, stop, "float32", "cpu", torch.get_num_threads())
+            for start, stop in itertools.pairwise(bounds)
+        ]
+        self._splits = {s: torch.randint(0, 256, (4, 16), generator=generator) for s in ("fitness", "report", "fresh")}
         tokens, features = torch.randint(0, 256, (4, 16), generator=generator), ("kurtosis", "score_std")
-        self._shard.calibrate(tokens, {"x_norm", "x_mean", "x_std"}, features)
-        self._profiles = self._shard.profiles()
+        self._splits["probe"] = tokens[:1]
+        states = tokens
+        for shard in self._shards:
+            states = shard.calibrate(states, {"x_norm", "x_mean", "x_std"}, features)
+        self._profiles = [profile for shard in self._shards for profile in shard.profiles()]
         self._sparsity = sparsity
         self.dense = {split: self._forward(split, None, None) for split in self._splits}
-        self.measured: list[str] = []
+        self.measured: list[tuple[str, str]] = []
         self.die_after = die_after
 
     def _forward(self, split, algorithm, sparsities) -> Evaluation:
-        tokens = self._splits[split]
-        _, report = self._shard.forward(split, tokens, tokens, algorithm, sparsities)
+        states = tokens = split_windows(self._splits, split)
+        numels, pruned, errors = [], [], []
+        for shard in self._shards:
+            states, report = shard.forward(split, states, tokens, algorithm, sparsities)
+            numels, pruned, errors = numels + report.numels, pruned + report.pruned, errors + report.errors
         nlls = report.window_nlls
-        shares = tuple(p / n for p, n in zip(report.pruned, report.numels, strict=True))
-        sparsity = sum(report.pruned) / sum(report.numels)
-        return Evaluation(sum(nlls) / len(nlls), 60, tuple(nlls), shares, tuple(report.errors), sparsity, 0.0)
+        shares = tuple(p / n for p, n in zip(pruned, numels, strict=True))
+        sparsity = sum(pruned) / sum(numels)
+        return Evaluation(sum(nlls) / len(nlls), 15 * len(nlls), tuple(nlls), shares, tuple(errors), sparsity, 0.5)
 
     def probe(self, algorithms):
-        return [self._shard.probe(algorithm, self._sparsity) for algorithm in algorithms]
+        return [self._shards[0].probe(algorithm, self._sparsity) for algorithm in algorithms]
 
     def evaluate(self, jobs, split="fitness"):
         # The last first: results must be committed in the order of the jobs, whatever order they come in.
         for index in reversed(range(len(jobs))):
             if self.die_after is not None and len(self.measured) >= self.die_after:
                 raise KeyboardInterrupt
-            self.measured.append(jobs[index].key)
+            self.measured.append((jobs[index].key, split))
             sparsities = planned_sparsities(jobs[index], self._profiles, self._sparsity)
             yield index, self._forward(split, jobs[index], sparsities)
 
@@ -87,6 +106,6 @@ def local_search(folder: Path, evaluator: LocalEvaluator, config: Config | None 
     """config: other than `small_config`, in the same folder."""
     config = config or small_config(folder)
     config.folder.mkdir(parents=True, exist_ok=True)
-    by_chance = config.generator.kind == "grammar"
-    generator = GrammarGenerator(config.seed) if by_chance else ScriptedGenerator(Path(config.generator.answers))
+    chance = {"grammar": GrammarGenerator, "genetic": GeneticGenerator}.get(config.generator.kind)
+    generator = chance(config.seed) if chance else ScriptedGenerator(Path(config.generator.answers))
     return Search(config, config.folder, generator, evaluator, ListTracker(), SilentProgress())

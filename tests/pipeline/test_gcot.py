@@ -14,9 +14,18 @@ from autoprune.algorithms.scores import BASELINES, NATIVE
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
 from autoprune.models.errors import InputError
 from autoprune.pipeline.config import Config, SearchPlan, check_config, load_config
-from autoprune.pipeline.gcot import KNOWN_LIMIT, PATH_LIMIT, build_prompt
+from autoprune.pipeline.gcot import (
+    FAILURE_LIMIT,
+    KNOWN_LIMIT,
+    PATH_LIMIT,
+    Setting,
+    build_prompt,
+    plain_prompt,
+    repair_prompt,
+)
 from autoprune.pipeline.lineage import Candidate, Lineage
-from autoprune.pipeline.population import CLAIMS, baseline, choose_operators, choose_parents, seed
+from autoprune.pipeline.operators import choose
+from autoprune.pipeline.population import CLAIMS, baseline, choose_parents, seed
 
 
 def measured(
@@ -37,6 +46,15 @@ def measured(
     )
 
 
+def characters(messages) -> int:
+    return sum(len(text) for _, text in messages)
+
+
+def prompt(lineage, task, parents, limit=20_000, statistics=DEFAULT_STATISTICS, **setting):
+    setting = {"count": characters, "limit": limit, "statistics": statistics} | setting
+    return build_prompt(lineage, task, parents, Setting(2.5, 0.6, **setting))
+
+
 @pytest.fixture
 def lineage() -> Lineage:
     graph = Lineage()
@@ -51,7 +69,7 @@ def lineage() -> Lineage:
 
 
 def test_the_prompt_walks_ancestors_with_best_and_worst_contrast(lineage):
-    (_, system), (_, user) = build_prompt(lineage, "mutate score", ("focal",), 2.5, 0.6, 20_000)
+    (_, system), (_, user) = prompt(lineage, "mutate_score", ("focal",))
     assert "Diagnosis:" in system and "def score" in system
     steps = user.partition("How we got here:")[2]
     places = [steps.index(f"claim of {name}") for name in ("root", "good", "bad", "focal")]
@@ -64,7 +82,7 @@ def test_the_prompt_walks_ancestors_with_best_and_worst_contrast(lineage):
 
 
 def test_evidence_and_conclusion_follow_the_measurements(lineage):
-    user = build_prompt(lineage, "mutate score", ("focal",), 2.5, 0.6, 20_000)[1][1]
+    user = prompt(lineage, "mutate_score", ("focal",))[1][1]
     bad = user.partition("claim of bad")[2].partition("claim of")[0]
     assert "fitness 6.000, +2.000" in bad and "the claim is refuted" in bad
     good = user.partition("claim of good")[2].partition("claim of")[0]
@@ -83,7 +101,7 @@ def test_a_difference_within_the_noise_is_inconclusive():
 
 
 def test_a_crossover_names_both_parents(lineage):
-    user = build_prompt(lineage, "crossover", ("focal", "other"), 2.5, 0.6, 20_000)[1][1]
+    user = prompt(lineage, "crossover", ("focal", "other"))[1][1]
     assert "claim of other" in user.partition("How we got here:")[2]
     assert "works in step 5 with what works in step 2" in user
 
@@ -91,29 +109,33 @@ def test_a_crossover_names_both_parents(lineage):
 def test_prompts_stay_bounded_however_deep_the_lineage(lineage):
     for index in range(30):
         lineage.add(measured(f"deep-{index}", 3.3 - index / 100, (f"deep-{index - 1}" if index else "focal",)))
-    user = build_prompt(lineage, "mutate score", ("deep-29",), 2.5, 0.6, 20_000)[1][1]
+    user = prompt(lineage, "mutate_score", ("deep-29",))[1][1]
     assert user.count("Claim:") <= 3 * PATH_LIMIT
-    assert sum(line.startswith("- ") for line in user.splitlines()) == KNOWN_LIMIT
+    known = user.partition("How we got here:")[0]
+    assert sum(line.startswith("- ") for line in known.splitlines()) == KNOWN_LIMIT
     assert "claim of deep-29" in user
 
 
 def test_operators_come_in_proportion():
     weights = {"explore": 1.0, "mutate": 2.0, "crossover": 1.0, "never": 0.0}
     for trial in range(50):
-        chosen = Counter(choose_operators(random.Random(trial), weights, 8))
+        chosen = Counter(choose(random.Random(trial), weights, 8))
         assert chosen == {"explore": 2, "mutate": 4, "crossover": 2}
-    mixed = Counter(name for trial in range(400) for name in choose_operators(random.Random(trial), weights, 3))
+    mixed = Counter(name for trial in range(400) for name in choose(random.Random(trial), weights, 3))
     assert mixed["mutate"] / 1200 == pytest.approx(0.5, abs=0.05)
     assert mixed["explore"] / 1200 == pytest.approx(0.25, abs=0.05)
 
 
 def test_parents_are_elites_and_the_partner_is_far(lineage):
     for trial in range(30):
-        focal, partner = choose_parents(random.Random(trial), "crossover", lineage, 6)
+        focal, partner = choose_parents(random.Random(trial), "crossover", lineage.evaluated())
         assert focal != partner
         if focal != "other":
             assert partner == "other", "the only one with different masks"
-    assert {choose_parents(random.Random(t), "mutate", lineage, 2)[0] for t in range(30)} == {"focal", "good"}
+    assert {choose_parents(random.Random(t), "mutate", lineage.evaluated()[:2])[0] for t in range(30)} == {
+        "focal",
+        "good",
+    }
 
 
 def test_seeds_write_their_defaults_out():
@@ -124,7 +146,7 @@ def test_seeds_write_their_defaults_out():
 
 @pytest.mark.parametrize("offered", [DEFAULT_STATISTICS, tuple(STATISTICS), ("g_rms", "x_norm"), ()])
 def test_the_prompt_describes_what_the_grammar_lets_be_read_and_nothing_else(lineage, offered):
-    system = build_prompt(lineage, "explore", ("focal",), 2.5, 0.6, 20_000, offered)[0][1]
+    system = prompt(lineage, "explore", ("focal",), 20_000, offered)[0][1]
     header = f"def score({', '.join(('W', *offered))}):"
     assert f"\n{header}\n" in system and f"\\n{header}" in answer_grammar(statistics=offered)
     for name, statistic in STATISTICS.items():
@@ -138,14 +160,13 @@ def test_three_statistics_are_offered_unless_told_otherwise(lineage):
     three = ("x_norm", "x_mean", "x_std")
     assert SearchPlan().statistics == three
     assert answer_grammar() == answer_grammar(statistics=three)
-    prompt = build_prompt(lineage, "explore", ("focal",), 2.5, 0.6, 20_000)
-    assert prompt == build_prompt(lineage, "explore", ("focal",), 2.5, 0.6, 20_000, three)
+    assert prompt(lineage, "explore", ("focal",)) == prompt(lineage, "explore", ("focal",), 20_000, three)
 
 
 def test_a_limit_counts_the_statistics_that_are_told_of(lineage):
-    whole = build_prompt(lineage, "crossover", ("focal", "other"), 2.5, 0.6, 20_000)
+    whole = prompt(lineage, "crossover", ("focal", "other"))
     size = sum(len(text) for _, text in whole)
-    more = build_prompt(lineage, "crossover", ("focal", "other"), 2.5, 0.6, size, tuple(STATISTICS))
+    more = prompt(lineage, "crossover", ("focal", "other"), size, tuple(STATISTICS))
     assert more[1][1].count("Claim:") < whole[1][1].count("Claim:")
 
 
@@ -226,12 +247,70 @@ def test_every_baseline_and_every_rule_that_can_be_named_has_a_claim():
 
 
 def test_a_long_chain_loses_its_oldest_evidence_first(lineage):
-    whole = build_prompt(lineage, "crossover", ("focal", "other"), 2.5, 0.6, 20_000)
+    whole = prompt(lineage, "crossover", ("focal", "other"))
     size = sum(len(text) for _, text in whole)
-    user = build_prompt(lineage, "crossover", ("focal", "other"), 2.5, 0.6, size - 1)[1][1]
+    user = prompt(lineage, "crossover", ("focal", "other"), size - 1)[1][1]
     steps = user.partition("How we got here:")[2]
     assert "claim of root" not in steps, "the oldest that is no parent"
     assert "claim of good" in steps and "claim of focal" in steps and "claim of other" in steps
     assert "works in step 4 with what works in step 1" in user
-    shortest = build_prompt(lineage, "crossover", ("focal", "other"), 2.5, 0.6, 10)[1][1]
+    shortest = prompt(lineage, "crossover", ("focal", "other"), 10)[1][1]
     assert shortest.count("Claim:") == 2
+
+
+def test_what_failed_is_remembered_with_its_parent(lineage):
+    for index in range(FAILURE_LIMIT):
+        lineage.add(measured(f"worse-{index}", 4.5 + index / 10, ("focal",)))
+    lineage.add(Candidate("late", 2, "mutate", ("focal",), status="invalid", error="r7 is not defined"))
+    stopped = measured("stopped", 9.0, ("focal",))
+    stopped.status, stopped.evaluation = "screened", None
+    lineage.add(stopped)
+    text = prompt(lineage, "mutate_score", ("focal",))[1][1].partition("came to nothing")[2].partition("Task")[0]
+    assert "refused: r7 is not defined" in text and "9.0 [row, sdsa tau=0.5]: worse at first sight" in text
+    assert text.count("\n- ") == FAILURE_LIMIT and "4.5" not in text, "the newest are told"
+    assert "came to nothing" not in prompt(lineage, "mutate_score", ("good",))[1][1]
+    plain = prompt(lineage, "mutate_score", ("focal",), diverse=False)[1][1]
+    assert "came to nothing" not in plain and "do not write these again" not in plain
+
+
+def test_evidence_goes_before_failures_and_these_before_what_is_known(lineage):
+    lineage.add(measured("worse", 4.5, ("focal",)))
+    sizes = []
+    for limit in range(6_000, 400, -20):
+        user = prompt(lineage, "mutate_score", ("focal",), limit)[1][1]
+        sizes.append((user.count("Claim:"), user.count("came to nothing"), user.count("\n- ")))
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == (5, 1, 8) and sizes[-1] == (1, 0, 0)
+    assert (1, 1, 8) in sizes and (1, 0, 7) in sizes, "one kind goes after the other"
+
+
+def test_a_plain_prompt_lists_the_best_and_no_reasons(lineage):
+    best = lineage.evaluated()
+    setting = Setting(2.5, 0.6, characters, 20_000)
+    (_, system), (_, user) = plain_prompt(best, "topk", setting)
+    assert system == prompt(lineage, "explore", ("focal",))[0][1], "told of the same"
+    assert [float(line.split()[1].rstrip(".")) for line in user.splitlines() if line.startswith("Fitness ")] == [
+        c.fitness for c in best
+    ]
+    assert not any(word in user for word in ("Claim", "Evidence", "refuted", "claim of"))
+    short = plain_prompt(best, "topk", Setting(2.5, 0.6, characters, characters(((0, system), (1, user))) - 1))[1][1]
+    assert "3.400" in short and "W.abs() * 6.0" in user and "W.abs() * 6.0" not in short
+
+
+def test_a_repair_shows_the_answer_and_the_error(lineage):
+    asked = prompt(lineage, "explore", ("focal",))
+    *before, (role, answer), (_, wish) = repair_prompt(asked, "def score(W):\n    return w", "'w' is not defined")
+    assert tuple(before) == asked and role == "assistant" and answer.endswith("return w")
+    assert "'w' is not defined" in wish
+
+
+@pytest.mark.parametrize(
+    "parts, there, missing",
+    [
+        (("group", "score"), "How the budget is spread over the blocks is settled", "Allocation:"),
+        (("allocation",), "The score function and its group are settled", "def score"),
+        (("allocate",), "profile.skewness: ", "def score"),
+    ],
+)
+def test_what_is_not_designed_is_not_asked_for(lineage, parts, there, missing):
+    system = prompt(lineage, "explore", ("focal",), parts=parts)[0][1]
+    assert there in system and missing not in system.partition("exactly this form")[2]

@@ -1,0 +1,225 @@
+"""What was asked and measured: each answer and measurement is in the journal before it is used, and is never paid for
+twice; what was spent; and the budgets, of which whichever is reached first ends the search.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Protocol
+
+from autoprune.actors.messages import Answer, Evaluation, Probe, Request
+from autoprune.algorithms.algorithm import Algorithm
+from autoprune.pipeline.checkpoint import Journal
+from autoprune.pipeline.config import Budgets
+
+JOURNAL = "journal.jsonl"  # in the run folder
+FULL = "fitness"  # the split that budgets.evaluations counts
+
+
+class Generator(Protocol):
+    """Who writes: per request, its answers. `count`: tokens of a prompt, as its own tokenizer has them."""
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]: ...
+
+    def count(self, messages: tuple[tuple[str, str], ...]) -> int: ...
+
+
+class Evaluator(Protocol):
+    """Who measures. `dense`: the unpruned model on each split; `evaluate` yields (index of the job, measurement).
+
+    A split is "probe", "fitness", "fresh" or "report", or some windows of one, such as "fitness[1,5]".
+    """
+
+    dense: dict[str, Evaluation]
+
+    def probe(self, algorithms: Sequence[Algorithm]) -> list[Probe]: ...
+
+    def evaluate(self, jobs: Sequence[Algorithm], split: str = FULL) -> Iterator[tuple[int, Evaluation]]: ...
+
+
+@dataclass
+class Spent:
+    """What the search has used, over all its sittings. evaluations: on the whole fitness split; cheap: on less.
+
+    generating, evaluating: the driver's seconds; gpu_seconds: the evaluators' own. total: seconds of all sittings.
+    """
+
+    answers: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    evaluations: int = 0
+    cheap: int = 0
+    generating: float = 0.0
+    evaluating: float = 0.0
+    gpu_seconds: float = 0.0
+    total: float = 0.0
+
+    def of(self, budget: str) -> float:
+        """What was spent of the budget of this name."""
+        return {
+            "calls": self.answers,
+            "tokens": self.prompt_tokens + self.completion_tokens,
+            "evaluations": self.evaluations,
+            "gpu_seconds": self.gpu_seconds,
+            "wall_clock": self.total,
+        }[budget]
+
+
+@dataclass
+class Ledger:
+    """Between a search and those who write and measure. began: when this sitting did, by the monotonic clock.
+
+    A record of the journal counts as spent when the search comes to it, not before: so a resumed search has the same
+    budget left at each of its steps as one that was never stopped. What the journal holds is always used, whatever the
+    budgets say: it was paid for.
+    """
+
+    folder: Path
+    generator: Generator
+    evaluator: Evaluator
+    budgets: Budgets
+    step: Callable[[str, int, int], None] = lambda what, done, total: None
+    began: float = field(default_factory=time.monotonic)
+    spent: Spent = field(default_factory=Spent)
+
+    def __post_init__(self) -> None:
+        self._journal = Journal(self.folder / JOURNAL)
+        self._used: set[int] = set()  # places of the records that count as spent
+        self._places: dict[tuple, int] = {}
+        for place, record in enumerate(self._journal.records):
+            self._places[_name(record)] = place
+        self._lost: dict[tuple, Evaluation] = {}
+
+    def restore(self, used: int, total: float) -> None:
+        """Take up where a checkpoint was written: with so many records used, after so many seconds."""
+        for place in range(used):
+            self._use(place)
+        self.spent.total = total
+
+    @property
+    def used(self) -> int:
+        return len(self._used)
+
+    def _use(self, place: int) -> dict:
+        record = self._journal.records[place]
+        if place not in self._used:
+            self._used.add(place)
+            _count(self.spent, record)
+        return record
+
+    def _append(self, record: dict) -> dict:
+        self._journal.append(record)
+        place = len(self._journal.records) - 1
+        self._places[_name(record)] = place
+        return self._use(place)
+
+    def answers(self, key: tuple[int, int, str], ask: Callable[[], Sequence[Request]]) -> list[list[Answer]]:
+        """Answers per request, in order. key: generation, round, and what is asked for. ask: makes the requests, if
+        the journal does not have their answers."""
+        place = self._places.get(("answers", *key))
+        if place is None:
+            requests = ask()
+            began = time.monotonic()
+            answers = self.generator.generate(requests) if requests else []
+            generation, round_, what = key
+            place_record = {
+                "kind": "answers",
+                "generation": generation,
+                "round": round_,
+                "what": what,
+                "answers": [[asdict(answer) for answer in texts] for texts in answers],
+                "seconds": time.monotonic() - began,
+            }
+            record = self._append(place_record)
+        else:
+            record = self._use(place)
+        return [[Answer(**answer) for answer in texts] for texts in record["answers"]]
+
+    def measure(self, algorithms: Sequence[Algorithm], split: str) -> list[Evaluation]:
+        """Measurements in the order of the jobs; what the journal holds is not measured again."""
+        missing = {a.key: a for a in algorithms if ("evaluation", a.key, split) not in self._places}
+        jobs, began = list(missing.values()), time.monotonic()
+        for done, (index, evaluation) in enumerate(self.evaluator.evaluate(jobs, split) if jobs else (), start=1):
+            now = time.monotonic()
+            record = {
+                "kind": "evaluation",
+                "key": jobs[index].key,
+                "split": split,
+                "evaluation": asdict(evaluation),
+                "seconds": now - began,
+            }
+            began = now
+            if evaluation.lost:  # what the actors lost may be measured when the search is resumed
+                self._lost[jobs[index].key, split] = evaluation
+            else:
+                self._append(record)
+            self.step(f"evaluating ({split})", done, len(jobs))
+        return [self._measured(algorithm.key, split) for algorithm in algorithms]
+
+    def _measured(self, key: str, split: str) -> Evaluation:
+        place = self._places.get(("evaluation", key, split))
+        return self._lost[key, split] if place is None else Evaluation.from_dict(self._use(place)["evaluation"])
+
+    def seconds_of(self, key: str) -> float:
+        """Computing seconds of an algorithm's evaluation, which are the journal's to know: no clock is in the graph."""
+        place = self._places.get(("evaluation", key, FULL))
+        return 0.0 if place is None else self._journal.records[place]["evaluation"]["seconds"]
+
+    def holds_answers(self, generation: int) -> bool:
+        return ("answers", generation, 0, "round") in self._places
+
+    def left(self, budget: str) -> float:
+        """Of the budget of this name; infinite where it has no bound."""
+        bound = getattr(self.budgets, budget)
+        return max(0.0, bound - self.spent.of(budget)) if bound else float("inf")
+
+    def exhausted(self) -> str | None:
+        """The budget that is used up, with its bound, or None."""
+        self.tick()
+        for budget in fields(self.budgets):
+            if self.left(budget.name) <= 0:
+                return f"{budget.name} ({getattr(self.budgets, budget.name):g})"
+        return None
+
+    def tick(self) -> Spent:
+        """What was spent until now."""
+        now = time.monotonic()
+        self.spent.total, self.began = self.spent.total + now - self.began, now
+        return self.spent
+
+    def line(self) -> str:
+        """What was spent, and of what, for people."""
+        self.tick()
+        units = {"gpu_seconds": " s of computing", "wall_clock": " s"}
+        parts = []
+        for budget in fields(self.budgets):
+            bound, spent = getattr(self.budgets, budget.name), self.spent.of(budget.name)
+            of = f" of {bound:,.0f}" if bound else ""
+            parts.append(f"{spent:,.0f}{of}{units.get(budget.name, ' ' + budget.name)}")
+        return f"spent: {', '.join(parts)}"
+
+
+def _name(record: dict) -> tuple:
+    """What a record is found by."""
+    if record["kind"] == "answers":
+        return ("answers", record["generation"], record["round"], record["what"])
+    return ("evaluation", record["key"], record["split"])
+
+
+def _count(spent: Spent, record: dict) -> None:
+    if record["kind"] == "answers":
+        spent.generating += record["seconds"]
+        for texts in record["answers"]:
+            spent.answers += len(texts)
+            spent.prompt_tokens += texts[0]["prompt_tokens"] if texts else 0
+            spent.completion_tokens += sum(answer["completion_tokens"] for answer in texts)
+        return
+    spent.evaluating += record["seconds"]
+    spent.gpu_seconds += record["evaluation"]["seconds"]
+    if record["split"] == FULL:
+        spent.evaluations += 1
+    elif record["split"] not in ("fresh", "report"):
+        spent.cheap += 1

@@ -1,0 +1,125 @@
+"""What a search stands on before anything runs: the target model, its texts as windows, and the plan of the pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from autoprune.algorithms.allocation import OPTIONAL
+from autoprune.algorithms.allocation import needs as features_of
+from autoprune.algorithms.vocabulary import SUMMARIES
+from autoprune.models.catalogue import CATALOGUE
+from autoprune.models.corpora import load_corpus, overlap, token_windows
+from autoprune.models.errors import InputError
+from autoprune.models.loading import load_config as load_model_config
+from autoprune.models.loading import load_tokenizer, resolve_model
+from autoprune.models.masking import needs
+from autoprune.models.pruning import check_model, native_dtype
+from autoprune.pipeline.config import SELF, Config
+from autoprune.pipeline.population import seed
+from autoprune.pipeline.screening import PROBE
+
+if TYPE_CHECKING:
+    from autoprune.actors.placement import ActorResources
+    from autoprune.actors.pool import PoolPlan
+
+SPLITS = ("calibration", "fitness", "report")
+FRESH = "fresh"
+PROBE_TOKENS = 128  # of the first window of the calibration text, which the probe fidelity runs
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """folder: of the target model, with so many blocks. windows: token windows int64 [windows, L] of every split;
+    hashes: sha256 of every text."""
+
+    folder: Path
+    blocks: int
+    windows: dict[str, torch.Tensor]
+    hashes: dict[str, str]
+
+
+def prepare(config: Config) -> Prepared:
+    """Look at everything that a search is given. Raises InputError, one line, for what cannot be used."""
+    for text in config.search.seeds:
+        seed(text)
+    splits = [(name, getattr(config.data, name)) for name in SPLITS]
+    for index, (name, spec) in enumerate(splits):
+        for other, other_spec in splits[:index]:
+            if overlap(spec, other_spec):
+                raise InputError(
+                    f"data.{name} ({spec}) overlaps data.{other} ({other_spec}): give them different texts"
+                )
+    texts = {name: load_corpus(spec) for name, spec in splits}
+    folder = resolve_model(config.target.model)
+    check_model(folder, config.target.model, config.data.context)
+    blocks = load_model_config(folder).get_text_config().num_hidden_layers
+    if config.evaluators.shards > blocks:
+        shards = config.evaluators.shards
+        raise InputError(
+            f"evaluators.shards is {shards}: expected at most {blocks}, the blocks of {config.target.model}"
+        )
+    hashes = {name: text.sha256 for name, text in texts.items()}
+    return Prepared(folder, blocks, _windows(config, texts, load_tokenizer(folder)), hashes)
+
+
+def _windows(config: Config, texts: dict, tokenizer) -> dict[str, torch.Tensor]:
+    """Token windows of every split; the probe is a part of the calibration text, the fresh text follows the fitness
+    split."""
+    counts = {name: getattr(config.data, f"{name}_windows") for name in texts}
+    counts["fitness"] += config.search.fresh_windows
+    windows = {name: token_windows(text, tokenizer, config.data.context, counts[name]) for name, text in texts.items()}
+    fitness = config.data.fitness_windows
+    fresh = windows["fitness"][fitness:]
+    if len(fresh) < 1:
+        raise InputError(
+            f"data.fitness ({config.data.fitness}) has {len(windows['fitness'])} windows of {config.data.context} "
+            f"tokens: expected more than data.fitness_windows ({fitness}), so that fresh text is left for the elites"
+        )
+    probe = windows["calibration"][:1, :PROBE_TOKENS]
+    return windows | {"fitness": windows["fitness"][:fitness], FRESH: fresh, PROBE: probe}
+
+
+def settled(config: Config) -> Config:
+    """The configuration with what depends on this machine and this folder decided, so that it can be resumed later."""
+    target = replace(config.target, dtype=native_dtype(config.target.dtype), model=absolute(config.target.model))
+    writer = config.generator
+    own = config.target.model if writer.model == SELF else writer.model
+    writer = replace(writer, model=absolute(own), answers=absolute(writer.answers))
+    data = replace(config.data, **{name: absolute(getattr(config.data, name)) for name in SPLITS})
+    return replace(config, runs=str(Path(config.runs).resolve()), target=target, generator=writer, data=data)
+
+
+def absolute(name: str) -> str:
+    """A path that exists here as an absolute one; any other name, and the slice after a path, as they are."""
+    path, bracket, rest = name.partition("[")
+    if path in CATALOGUE:
+        return name
+    return f"{Path(path).resolve()}{bracket}{rest}" if path and Path(path).exists() else name
+
+
+def pool_plan(config: Config, prepared: Prepared, resources: ActorResources) -> PoolPlan:
+    """The evaluators that a search needs: what its seeds and its candidates may read is measured."""
+    from autoprune.actors.pool import PoolPlan  # imports Ray
+
+    evaluators, seeds = config.evaluators, [seed(text).algorithm for text in config.search.seeds]
+    written = OPTIONAL & SUMMARIES.keys() if config.search.allocation == "written" else frozenset()
+    return PoolPlan(
+        model=config.target.model,
+        blocks=prepared.blocks,
+        shards=evaluators.shards,
+        replicas=evaluators.replicas,
+        threads=evaluators.threads,
+        dtype=config.target.dtype,
+        sparsity=config.target.sparsity,
+        splits=prepared.windows,
+        statistics=frozenset(config.search.statistics).union(*(needs(seed) for seed in seeds)),
+        features=frozenset(written).union(*(features_of(seed.allocation) for seed in seeds)),
+        deadline=evaluators.deadline,
+        attempts=evaluators.attempts,
+        resources=resources,
+        unreferenced=frozenset({"calibration", FRESH}),
+    )

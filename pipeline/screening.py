@@ -1,0 +1,163 @@
+"""Fidelities: cheap measurements that decide who is worth a dear one.
+
+A candidate climbs from the probe (how far the hidden states of a short text drift) to a few windows of the fitness
+split, and on to all of it, as long as it is not worse than who holds its niche by more than the noise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas
+
+from autoprune.actors.messages import Evaluation
+from autoprune.algorithms.algorithm import Algorithm
+from autoprune.pipeline.config import SearchPlan
+from autoprune.pipeline.ledger import FULL
+from autoprune.pipeline.lineage import Candidate, Lineage
+from autoprune.pipeline.niches import elites, incumbents, niche
+
+# A probe error this much above the incumbent's stops a candidate. It is a coarse measure, and here only to keep what is
+# clearly broken from being measured at all.
+PROBE_MARGIN = 0.25
+# Standard deviation of what a cheap difference (nats) says wrongly of a full one, until enough pairs tell it.
+PRIOR_NOISE = 0.05
+PRIOR_PAIRS = 4  # so many pairs' weight has the prior
+PROBE = "probe"  # the split
+MOST_SUBSETS = 5_000  # of windows that are tried all; beyond, windows are chosen one by one
+
+
+def choose_windows(evaluations: Sequence[Evaluation], count: int) -> tuple[int, ...]:
+    """The `count` windows of a split on which these algorithms differ most as they do on all windows: those with the
+    least squares of (their mean on the subset − their mean on all), each less its mean over the algorithms.
+
+    evaluations: of the whole split, such as the seeds'. Of equals the first in order.
+    """
+    nlls = np.array([e.window_nlls for e in evaluations])  # [algorithms, windows]
+    offsets = nlls - nlls.mean(axis=1, keepdims=True)
+    offsets -= offsets.mean(axis=0, keepdims=True)
+
+    def miss(subset: tuple[int, ...]) -> float:
+        return float(np.square(offsets[:, list(subset)].mean(axis=1)).sum())
+
+    windows = range(nlls.shape[1])
+    if math.comb(len(windows), count) <= MOST_SUBSETS:
+        return min(itertools.combinations(windows, count), key=miss)
+    chosen: tuple[int, ...] = ()
+    while len(chosen) < count:
+        chosen += (min((w for w in windows if w not in chosen), key=lambda w: miss((*chosen, w))),)
+    return tuple(sorted(chosen))
+
+
+def subset_nll(evaluation: Evaluation, windows: Sequence[int]) -> float:
+    """Mean NLL (nats per token) of a whole split's measurement over some of its windows."""
+    return sum(evaluation.window_nlls[w] for w in windows) / len(windows)
+
+
+def noise(pairs: Sequence[tuple[float, float]]) -> float:
+    """Standard deviation (nats) of full difference − cheap difference, over candidates that have both."""
+    squares = sum((full - cheap) ** 2 for cheap, full in pairs) + PRIOR_PAIRS * PRIOR_NOISE**2
+    return math.sqrt(squares / (len(pairs) + PRIOR_PAIRS))
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
+    """Spearman's: of the ranks of two measurements, equal ones sharing theirs; NaN for fewer than 3 pairs."""
+    if len(pairs) < 3:
+        return math.nan
+    ranks = pandas.DataFrame(pairs).rank()
+    return float(ranks[0].corr(ranks[1]))
+
+
+class Screen:
+    """The fidelities of one search. `learn` of what was committed before asking `passed`.
+
+    measure: of algorithms on a split (see `ledger.Evaluator`).
+    """
+
+    def __init__(
+        self, plan: SearchPlan, lineage: Lineage, measure: Callable[[Sequence[Algorithm], str], list[Evaluation]]
+    ) -> None:
+        self._plan, self._lineage, self._measure = plan, lineage, measure
+        self.windows: tuple[int, ...] = ()
+
+    def learn(self, candidates: Sequence[Candidate]) -> None:
+        """Give every measured candidate its niche; the seeds decide which windows are the cheap ones."""
+        for candidate in candidates:
+            if candidate.status == "evaluated" and not candidate.niche:
+                candidate.niche = niche(candidate, self._lineage, self._plan.niche_radius)
+        if not self.windows:
+            seeds = [c.evaluation for c in self._lineage.evaluated() if c.operator == "seed"]
+            if seeds and "cheap" in self._plan.fidelities:
+                self.windows = choose_windows(seeds, self._plan.cheap_windows)
+
+    def values(self, rung: str, algorithms: Sequence[Algorithm]) -> list[float | None]:
+        """What a fidelity measures of algorithms, lower is better; None where that fails.
+
+        "probe": relative error of the hidden states that leave the last block; "cheap": nats per token.
+        """
+        split = PROBE if rung == "probe" else f"{FULL}[{','.join(map(str, self.windows))}]"
+        evaluations = self._measure(algorithms, split)
+        if rung == "cheap":
+            return [e.nll for e in evaluations]
+        return [e.block_errors[-1] if e.error is None and e.block_errors else None for e in evaluations]
+
+    def passed(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that no fidelity stops, the most promising first. The others become "screened", or "failed"."""
+        left = list(candidates)
+        rivals = {c.id: self._rival(c) for c in left}
+        for rung in self._plan.fidelities:
+            for candidate, value in zip(left, self.values(rung, [c.algorithm for c in left]), strict=True):
+                if value is None or not math.isfinite(value):
+                    candidate.status, candidate.error = "screened", f"the {rung} fidelity gives no finite number"
+                    continue
+                candidate.rungs[rung] = value
+            left = [c for c in left if c.status == "proposed"]
+            for candidate in left:
+                rival = rivals[candidate.id]
+                candidate.rival = rival.id
+                if self._stops(rung, candidate.rungs[rung], rival):
+                    candidate.status = "screened"
+            left = [c for c in left if c.status == "proposed"]
+        if self._plan.fidelities:
+            best_rung = self._plan.fidelities[-1]
+            left.sort(key=lambda c: c.rungs[best_rung])
+        return left
+
+    def _rival(self, candidate: Candidate) -> Candidate:
+        """Who is to be beaten: who holds the candidate's niche; for a new niche the least of the elites."""
+        plan = self._plan
+        best = elites(self._lineage, plan.elites, plan.diversity)
+        if not plan.diversity:
+            return best[-1]
+        holders = incumbents(self._lineage)
+        return holders.get(niche(candidate, self._lineage, plan.niche_radius), best[-1])
+
+    def _stops(self, rung: str, value: float, rival: Candidate) -> bool:
+        if rung == "cheap":
+            return value - subset_nll(rival.evaluation, self.windows) > noise(self.differences())
+        (own,) = self.values(rung, [rival.algorithm])
+        return own is not None and value > own * (1 + PROBE_MARGIN)
+
+    def differences(self) -> list[tuple[float, float]]:
+        """Cheap and full difference (nats) to its rival, of every candidate that has both."""
+        return [
+            (
+                c.rungs["cheap"] - subset_nll(self._lineage[c.rival].evaluation, self.windows),
+                c.fitness - self._lineage[c.rival].fitness,
+            )
+            for c in self._lineage.evaluated()
+            if "cheap" in c.rungs
+        ]
+
+    def correlations(self) -> dict[str, float]:
+        """Rank correlation of each fidelity with the full measurement, over the candidates that have both."""
+        measured = self._lineage.evaluated()
+        found = {}
+        for rung in self._plan.fidelities:
+            pairs = [(c.rungs[rung], c.fitness) for c in measured if rung in c.rungs]
+            if len(pairs) >= 3:
+                found[rung] = rank_correlation(pairs)
+        return found
