@@ -109,6 +109,8 @@ class Screen:
         left = list(candidates)
         rivals = {c.id: self._rival(c) for c in left}
         for rung in self._plan.fidelities:
+            if not left:
+                break
             for candidate, value in zip(left, self.values(rung, [c.algorithm for c in left]), strict=True):
                 if value is None or not math.isfinite(value):
                     candidate.status, candidate.error = "screened", f"the {rung} fidelity gives no finite number"
