@@ -140,9 +140,9 @@ class EvaluatorPool:
         dense = {s: self._send(replica, s, None) for s in self.plan.splits if s not in self.plan.unreferenced}
         return profiles, dense
 
-    def _send(self, replica: _Replica, split: str, algorithm: Algorithm | None) -> list:
+    def _send(self, replica: _Replica, split: str, algorithm: Algorithm | None, sparsity: float | None = None) -> list:
         """A chain of calls through a replica's shards; hidden states go from actor to actor, reports come here."""
-        planned = self._planned(replica, algorithm) if algorithm else None
+        planned = self._planned(replica, algorithm, sparsity or self.plan.sparsity) if algorithm else None
         if split not in self._tokens:  # some windows of one that is there
             self._tokens[split] = ray.put(split_windows(self.plan.splits, split))
         states, reports = self._tokens[split], []
@@ -170,15 +170,15 @@ class EvaluatorPool:
 
     def sparsities(self, algorithm: Algorithm) -> Sparsities:
         """From the algorithm's allocation and the dense model's summaries."""
-        planned = self._planned(self._replicas[0], algorithm)
+        planned = self._planned(self._replicas[0], algorithm, self.plan.sparsity)
         return ray.get(planned) if isinstance(planned, ray.ObjectRef) else planned
 
-    def _planned(self, replica: _Replica, algorithm: Algorithm) -> Sparsities | ray.ObjectRef:
+    def _planned(self, replica: _Replica, algorithm: Algorithm, sparsity: float) -> Sparsities | ray.ObjectRef:
         """Of all blocks. An allocation that is a candidate's own program runs in an evaluator, as its score does, and
         fails there as its score would."""
         if algorithm.allocation.source:
-            return replica.actors[0].plan.remote(algorithm, self._profiles, self.plan.sparsity)
-        return planned_sparsities(algorithm, self._profiles, self.plan.sparsity)
+            return replica.actors[0].plan.remote(algorithm, self._profiles, sparsity)
+        return planned_sparsities(algorithm, self._profiles, sparsity)
 
     def probe(self, algorithms: Sequence[Algorithm]) -> list[Probe]:
         """Run the score functions on the probe layers, inside evaluator processes."""
@@ -196,12 +196,14 @@ class EvaluatorPool:
                 self._restart_broken()
         return probes
 
-    def evaluate(self, jobs: Sequence[Algorithm], split: str = "fitness") -> Iterator[tuple[int, Evaluation]]:
+    def evaluate(
+        self, jobs: Sequence[Algorithm], split: str = "fitness", sparsity: float | None = None
+    ) -> Iterator[tuple[int, Evaluation]]:
         """Measure the jobs on a split (see `split_windows`); yields (index of the job, measurement) as they finish, in
-        any order."""
+        any order. sparsity: to prune to, other than the plan's."""
         queue, failures = deque(range(len(jobs))), [0] * len(jobs)
         while queue or any(replica.in_flight for replica in self._replicas):
-            self._fill(queue, jobs, split)
+            self._fill(queue, jobs, split, sparsity)
             last = {flight.reports[-1]: r for r in self._replicas for flight in list(r.in_flight)[:1]}
             done, _ = ray.wait(list(last), num_returns=1, timeout=1.0)
             for reference in done:
@@ -225,14 +227,14 @@ class EvaluatorPool:
                     reason = f"no result within {self.plan.deadline:g} s"
                     yield from self._recover(replica, queue, failures, reason)
 
-    def _fill(self, queue: deque[int], jobs: Sequence[Algorithm], split: str) -> None:
+    def _fill(self, queue: deque[int], jobs: Sequence[Algorithm], split: str, sparsity: float | None) -> None:
         """Keep one candidate per shard in flight, and one waiting, in every replica."""
         for replica in self._replicas:
             while queue and len(replica.in_flight) <= self.plan.shards:
                 if not replica.in_flight:
                     replica.progressed = time.monotonic()
                 job = queue.popleft()
-                reports = self._send(replica, split, jobs[job])
+                reports = self._send(replica, split, jobs[job], sparsity)
                 replica.in_flight.append(_Flight(job, reports))
 
     def _recover(

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import ray
 
-from autoprune.actors.generator import VllmGenerator
+from autoprune.actors.generator import VllmGenerator, estimate
 from autoprune.actors.messages import Answer, Evaluation
 from autoprune.actors.placement import ActorResources
 from autoprune.actors.seclusion import seclude
@@ -40,11 +40,12 @@ def searches(folder: Path) -> list[Search]:
     table = json.loads((folder / "report.json").read_text())["table"]
     dense = next(row["fitness_nll"] for row in table if row["method"] == "dense")
     evaluator = SimpleNamespace(dense={"fitness": Evaluation(dense, 1)})
-    watcher = SimpleNamespace(say=lambda _: None, candidate=lambda *_: None)
+    watcher = SimpleNamespace(say=lambda _: None, candidate=lambda *_: None, step=lambda *_: None)
     found = []
     for allocation in ALLOCATIONS:
-        own = replace(config, search=replace(config.search, allocation=allocation, prompts=1))
-        search = Search(own, folder, None, evaluator, watcher, watcher)
+        written = {name: weight for name, weight in config.search.operators.items() if name != "tune"}
+        own = replace(config, search=replace(config.search, allocation=allocation, prompts=1, operators=written))
+        search = Search(own, folder, SimpleNamespace(count=estimate), evaluator, watcher, watcher)
         search.restore()
         if not search.lineage.evaluated():
             raise SystemExit(f"{folder} holds no finished generation: run the search first")

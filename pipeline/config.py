@@ -26,16 +26,34 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
+class Further:
+    """Another case in which the algorithm must do well. model: another model; empty: the target's own."""
+
+    model: str = ""
+    sparsity: float = 0.6
+
+
+@dataclass(frozen=True)
 class Target:
     """The model to prune.
 
     model: bundled name, local folder or hub id. dtype: what is computed in; "auto" is bfloat16 where this machine
     computes it natively, else float32. The pruned checkpoint keeps its own dtype.
+    further: other models and sparsities; with any, fitness is nats above the dense model, of the "worst" of all cases
+    or their "mean", as `combine` says.
     """
 
     model: str = "smollm2-135m-instruct"
     sparsity: float = 0.6
     dtype: str = "float32"
+    further: tuple[Further, ...] = ()
+    combine: str = "worst"
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """What fitness is of, for people, where it is of several."""
+        every = ((self.model, self.sparsity), *((case.model or self.model, case.sparsity) for case in self.further))
+        return tuple(f"{Path(model).name} to {sparsity:.0%}" for model, sparsity in every) if self.further else ()
 
 
 @dataclass(frozen=True)
@@ -285,6 +303,12 @@ def check_config(config: Config) -> None:
         raise InputError(
             f"target.sparsity is {target.sparsity:g}: expected a number between 0 and 1, such as 0.6 for 60%"
         )
+    for index, further in enumerate(target.further):
+        if not 0 < further.sparsity < 1:
+            raise InputError(
+                f"target.further[{index}].sparsity is {further.sparsity:g}: expected a number between 0 and 1"
+            )
+    one_of("target.combine", target.combine, ("worst", "mean"))
     one_of("target.dtype", target.dtype, DTYPES)
     one_of("generator.kind", generator.kind, GENERATOR_KINDS)
     if generator.kind == "scripted" and not generator.answers:

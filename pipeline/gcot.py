@@ -41,8 +41,9 @@ class Setting:
     """What holds for every prompt of a search.
 
     dense: NLL of the unpruned model. parts: of an algorithm that are designed (see `grammar`), in order. statistics:
-    names in STATISTICS that the answer is told of. diverse: whether prompts name what exists and what failed. count:
-    tokens of a prompt; limit: how many it may have.
+    names in STATISTICS that the answer is told of. diverse: whether prompts name what exists and what failed. cases:
+    where fitness is of several models or sparsities, what they are; combine: what is made of them. count: tokens of a
+    prompt; limit: how many it may have.
     """
 
     dense: float
@@ -52,6 +53,8 @@ class Setting:
     parts: tuple[str, ...] = PARTS
     statistics: tuple[str, ...] = DEFAULT_STATISTICS
     diverse: bool = True
+    cases: tuple[str, ...] = ()
+    combine: str = ""
 
 
 @functools.cache
@@ -123,6 +126,8 @@ def _section(name: str, lines: list[str], **words: object) -> str:
 
 
 def _head(setting: Setting) -> str:
+    if setting.cases:
+        return template("head_cases").format(cases="; ".join(setting.cases), combine=f"the {setting.combine}")
     return template("head").format(sparsity=f"{setting.sparsity:.0%}", dense=f"{setting.dense:.3f}")
 
 

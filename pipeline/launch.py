@@ -26,6 +26,7 @@ from autoprune.pipeline.preparation import SPLITS, Prepared, pool_plan, prepare,
 from autoprune.pipeline.progress import ConsoleProgress
 from autoprune.pipeline.report import write_report
 from autoprune.pipeline.search import CHECKPOINT, Search
+from autoprune.pipeline.targets import REPORT, Case, Cases
 
 CONFIG_FILE = "config.yaml"
 # That are no models.
@@ -169,22 +170,30 @@ def _run(
     uri = config.tracking.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
     tracker = MlflowTracker(uri, config.tracking.experiment, config.name, folder)
     tracker.start(config.to_dict())
-    own, shared = plan_resources(evaluators.shards, evaluators.replicas, evaluators.threads)
+    models = dict.fromkeys(case.model for case in (config.target, *config.target.further))
+    own, shared = plan_resources(evaluators.shards, evaluators.replicas * len(models), evaluators.threads)
     status = "FAILED"
-    pool = EvaluatorPool(pool_plan(config, prepared, shared), progress.say)
+    pools = {
+        model: EvaluatorPool(pool_plan(config, prepare(config, model) if i else prepared, shared), progress.say)
+        for i, model in enumerate(models)
+    }
     artifacts: list[Path] = []
     metrics: dict[str, float] = {}
     try:
         if settings.kind == "vllm":
             progress.say(f"starting vLLM with {settings.model}")
             generator = start_vllm(config, own)
-        progress.say(f"starting {evaluators.replicas} × {evaluators.shards} evaluators for {config.target.model}")
-        pool.start()
+        for model, pool in pools.items():
+            progress.say(f"starting {evaluators.replicas} × {evaluators.shards} evaluators for {model}")
+            pool.start()
+            dense = ", ".join(f"{name} {pool.dense[name].nll:.4f}" for name in SPLITS[1:])
+            progress.say(f"dense: {dense} nats per token")
         if settings.kind == "vllm":
             generator.wait()  # it loaded while the evaluators measured the dense model
-        progress.say(f"dense: {', '.join(f'{name} {e.nll:.4f}' for name, e in pool.dense.items())} nats per token")
-        search = Search(config, folder, generator, pool, tracker, progress, began)
+        evaluator = _evaluator(config, pools)
+        search = Search(config, folder, generator, evaluator, tracker, progress, began)
         search.run()
+        pool = pools[config.target.model]
         artifacts, metrics = _conclude(config, folder, pool, search, prepared.hashes, tracker.ui_command, progress)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -193,9 +202,20 @@ def _run(
     finally:
         if generator is not None:
             generator.stop()
-        pool.stop()
+        for pool in pools.values():
+            pool.stop()
         tracker.finish(status, metrics, artifacts)
     return folder
+
+
+def _evaluator(config: Config, pools: dict):
+    """The target's pool, or all cases as one evaluator."""
+    target = config.target
+    if not target.further:
+        return pools[target.model]
+    every = zip((target, *target.further), target.cases, strict=True)
+    cases = [Case(pools[case.model], case.sparsity, name) for case, name in every]
+    return Cases(cases, worst=target.combine == "worst")
 
 
 def _conclude(
@@ -211,8 +231,11 @@ def _conclude(
     best = search.lineage.best()
     rows = [("dense", None), *((c.id.removeprefix("seed-"), c) for c in search.lineage if c.operator == "seed")]
     rows = [(method, c) for method, c in rows if c is None or c.status == "evaluated"] + [("best found", best)]
-    reported = search.measure([c.algorithm for _, c in rows if c is not None], "report")
-    measured = [(pool.dense["fitness"], pool.dense["report"])]
+    algorithms = [c.algorithm for _, c in rows if c is not None]
+    cases = search.evaluator.cases if config.target.further else []
+    each = [search.measure(algorithms, f"{REPORT}@{index}") for index in range(len(cases))]
+    reported = each[0] if each else search.measure(algorithms, REPORT)
+    measured = [(search.evaluator.dense["fitness"], pool.dense["report"])]
     measured += [(c.evaluation, e) for (_, c), e in zip(rows[1:], reported, strict=True)]
     table = [_row(method, candidate, *pair) for (method, candidate), pair in zip(rows, measured, strict=True)]
     model = folder / "model"
@@ -246,6 +269,19 @@ def _conclude(
         "corpora_sha256": hashes,
         "tokens_scored": {name: pool.dense[name].tokens for name in ("fitness", "report")},
         "table": table,
+        "cases": [
+            {
+                "name": case.name,
+                "report_nll": dict(
+                    zip(
+                        [method for method, _ in rows],
+                        [case.pool.dense[REPORT].nll, *(e.nll for e in own)],
+                        strict=True,
+                    )
+                ),
+            }
+            for case, own in zip(cases, each, strict=True)
+        ],
         "counts": {
             "answers": spent.answers,
             "usable": spent.answers - counts["invalid"],

@@ -8,6 +8,10 @@ from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.language import parse, parse_allocation
 from autoprune.pipeline.lineage import Candidate, Lineage, mask_distance
 
+# Nats by which who holds a niche may be worse than the best (a perplexity a quarter higher), and still be a parent and
+# a rival: what is worse will not catch up within a search, and beating it proves nothing.
+REACH = 0.25
+
 
 @functools.lru_cache(maxsize=4096)
 def reads(algorithm_score: str, allocation_source: str = "") -> frozenset[str]:
@@ -41,6 +45,16 @@ def incumbents(lineage: Lineage) -> dict[str, Candidate]:
     return best
 
 
+def within_reach(candidate: Candidate, lineage: Lineage) -> bool:
+    return candidate.fitness <= lineage.evaluated()[0].fitness + REACH
+
+
 def elites(lineage: Lineage, count: int, diverse: bool = True) -> list[Candidate]:
-    """The best candidates, best first; diverse: of each niche one."""
-    return (list(incumbents(lineage).values()) if diverse else lineage.evaluated())[:count]
+    """The best candidates, best first. diverse: of each niche one, as long as that is within REACH of the best; then
+    the best of the others."""
+    measured = lineage.evaluated()
+    if not diverse:
+        return measured[:count]
+    holders = [c for c in incumbents(lineage).values() if within_reach(c, lineage)][:count]
+    others = [c for c in measured if c not in holders]
+    return sorted(holders + others[: count - len(holders)], key=lambda c: c.fitness)

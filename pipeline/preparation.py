@@ -33,17 +33,20 @@ PROBE_TOKENS = 128  # of the first window of the calibration text, which the pro
 
 @dataclass(frozen=True)
 class Prepared:
-    """folder: of the target model, with so many blocks. windows: token windows int64 [windows, L] of every split;
-    hashes: sha256 of every text."""
+    """model: its name; folder: where it lies, with so many blocks. windows: token windows int64 [windows, L] of every
+    split; hashes: sha256 of every text."""
 
+    model: str
     folder: Path
     blocks: int
     windows: dict[str, torch.Tensor]
     hashes: dict[str, str]
 
 
-def prepare(config: Config) -> Prepared:
-    """Look at everything that a search is given. Raises InputError, one line, for what cannot be used."""
+def prepare(config: Config, model: str = "") -> Prepared:
+    """Look at everything that a search is given. model: another than the target's. Raises InputError, one line, for
+    what cannot be used."""
+    model = model or config.target.model
     for text in config.search.seeds:
         seed(text)
     splits = [(name, getattr(config.data, name)) for name in SPLITS]
@@ -54,16 +57,14 @@ def prepare(config: Config) -> Prepared:
                     f"data.{name} ({spec}) overlaps data.{other} ({other_spec}): give them different texts"
                 )
     texts = {name: load_corpus(spec) for name, spec in splits}
-    folder = resolve_model(config.target.model)
-    check_model(folder, config.target.model, config.data.context)
+    folder = resolve_model(model)
+    check_model(folder, model, config.data.context)
     blocks = load_model_config(folder).get_text_config().num_hidden_layers
     if config.evaluators.shards > blocks:
         shards = config.evaluators.shards
-        raise InputError(
-            f"evaluators.shards is {shards}: expected at most {blocks}, the blocks of {config.target.model}"
-        )
+        raise InputError(f"evaluators.shards is {shards}: expected at most {blocks}, the blocks of {model}")
     hashes = {name: text.sha256 for name, text in texts.items()}
-    return Prepared(folder, blocks, _windows(config, texts, load_tokenizer(folder)), hashes)
+    return Prepared(model, folder, blocks, _windows(config, texts, load_tokenizer(folder)), hashes)
 
 
 def _windows(config: Config, texts: dict, tokenizer) -> dict[str, torch.Tensor]:
@@ -85,7 +86,9 @@ def _windows(config: Config, texts: dict, tokenizer) -> dict[str, torch.Tensor]:
 
 def settled(config: Config) -> Config:
     """The configuration with what depends on this machine and this folder decided, so that it can be resumed later."""
-    target = replace(config.target, dtype=native_dtype(config.target.dtype), model=absolute(config.target.model))
+    model = absolute(config.target.model)
+    further = tuple(replace(case, model=absolute(case.model) or model) for case in config.target.further)
+    target = replace(config.target, dtype=native_dtype(config.target.dtype), model=model, further=further)
     writer = config.generator
     own = config.target.model if writer.model == SELF else writer.model
     writer = replace(writer, model=absolute(own), answers=absolute(writer.answers))
@@ -108,7 +111,7 @@ def pool_plan(config: Config, prepared: Prepared, resources: ActorResources) -> 
     evaluators, seeds = config.evaluators, [seed(text).algorithm for text in config.search.seeds]
     written = OPTIONAL & SUMMARIES.keys() if config.search.allocation == "written" else frozenset()
     return PoolPlan(
-        model=config.target.model,
+        model=prepared.model,
         blocks=prepared.blocks,
         shards=evaluators.shards,
         replicas=evaluators.replicas,

@@ -49,6 +49,10 @@ def _cells(row: dict) -> list[str]:
 
 def _headers(summary: dict) -> list[str]:
     measure = f"ppl_token@{summary['context']}"
+    if summary.get("cases"):
+        combined = f"{summary['config']['target']['combine']} of all cases, × dense"
+        first = f"{measure}, report split, {summary['cases'][0]['name']}"
+        return ["method", "candidate", "sparsity", f"{measure}, fitness split, {combined}", first]
     return ["method", "candidate", "sparsity", f"{measure}, fitness split", f"{measure}, report split"]
 
 
@@ -146,7 +150,18 @@ def _markdown_table(summary: dict) -> str:
         f"that was kept has been changed. Fitness split: {summary['corpora']['fitness']}. "
         f"Report split: {summary['corpora']['report']}."
     )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{note}"
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{note}"
+    return text + _cases(summary)
+
+
+def _cases(summary: dict) -> str:
+    """Every case on the report split, where there are several."""
+    cases = summary.get("cases")
+    if not cases:
+        return ""
+    lines = [["report split", *(case["name"] for case in cases)], ["---", *("---:" for _ in cases)]]
+    lines += [[method, *(_ppl(case["report_nll"][method]) for case in cases)] for method in cases[0]["report_nll"]]
+    return "\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _quote(text: str) -> str:

@@ -18,7 +18,7 @@ from autoprune.algorithms.algorithm import Algorithm
 from autoprune.pipeline.config import SearchPlan
 from autoprune.pipeline.ledger import FULL
 from autoprune.pipeline.lineage import Candidate, Lineage
-from autoprune.pipeline.niches import elites, incumbents, niche
+from autoprune.pipeline.niches import elites, incumbents, niche, within_reach
 
 # A probe error this much above the incumbent's stops a candidate. It is a coarse measure, and here only to keep what is
 # clearly broken from being measured at all.
@@ -129,13 +129,14 @@ class Screen:
         return left
 
     def _rival(self, candidate: Candidate) -> Candidate:
-        """Who is to be beaten: who holds the candidate's niche; for a new niche the least of the elites."""
+        """Who is to be beaten: who holds the candidate's niche; where that is new, or out of the best one's reach, the
+        least of the elites."""
         plan = self._plan
         best = elites(self._lineage, plan.elites, plan.diversity)
         if not plan.diversity:
             return best[-1]
-        holders = incumbents(self._lineage)
-        return holders.get(niche(candidate, self._lineage, plan.niche_radius), best[-1])
+        holder = incumbents(self._lineage).get(niche(candidate, self._lineage, plan.niche_radius))
+        return holder if holder and within_reach(holder, self._lineage) else best[-1]
 
     def _stops(self, rung: str, value: float, rival: Candidate) -> bool:
         if rung == "cheap":

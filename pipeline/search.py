@@ -199,15 +199,17 @@ class Search:
 
     @property
     def _setting(self) -> Setting:
-        writer, plan = self.config.generator, self.config.search
+        writer, plan, target = self.config.generator, self.config.search, self.config.target
         return Setting(
             dense=self.evaluator.dense[FULL].nll,
-            sparsity=self.config.target.sparsity,
+            sparsity=target.sparsity,
             count=self.generator.count,
             limit=min(writer.prompt_tokens, writer.max_model_len - writer.max_tokens),
             parts=self._parts,
             statistics=plan.statistics,
             diverse=plan.diversity,
+            cases=target.cases,
+            combine=target.combine,
         )
 
     def request(self, slot: Slot, count: int, round_: int, offset: int) -> Request:

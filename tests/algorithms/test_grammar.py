@@ -299,7 +299,7 @@ def probe_layer():
 def as_python(source):
     """The function of a text that the grammar's own rules derived, run by Python as it stands; no candidate's text."""
     text = source.replace(".median(", ".quantile(0.5, ")
-    space = {"torch": torch}
+    space = {"torch": torch, "tune": lambda value, low, high: value}
     exec(text.replace(".argsort(dim=0)", ".argsort(dim=0, stable=True)"), space)
     return space
 

@@ -70,13 +70,13 @@ class LocalEvaluator:
     def probe(self, algorithms):
         return [self._shards[0].probe(algorithm, self._sparsity) for algorithm in algorithms]
 
-    def evaluate(self, jobs, split="fitness"):
+    def evaluate(self, jobs, split="fitness", sparsity=None):
         # The last first: results must be committed in the order of the jobs, whatever order they come in.
         for index in reversed(range(len(jobs))):
             if self.die_after is not None and len(self.measured) >= self.die_after:
                 raise KeyboardInterrupt
             self.measured.append((jobs[index].key, split))
-            sparsities = planned_sparsities(jobs[index], self._profiles, self._sparsity)
+            sparsities = planned_sparsities(jobs[index], self._profiles, sparsity or self._sparsity)
             yield index, self._forward(split, jobs[index], sparsities)
 
 

@@ -83,9 +83,9 @@ def lineage():
     plan = SearchPlan(elites=2, niche_radius=0.2)
     screen = Screen(plan, graph, lambda algorithms, split: [evaluation([9.0]) for _ in algorithms])
     for one in (
-        candidate("a", "wanda", 4.0, "ffff"),
+        candidate("a", "wanda", 3.9, "ffff"),
         candidate("b", "wanda", 3.8, "fffe"),
-        candidate("c", "wanda", 4.4, "ff00"),
+        candidate("c", "wanda", 4.0, "ff00"),
         candidate("d", "std", 4.6, "ffff"),
     ):
         graph.add(one)
@@ -96,7 +96,9 @@ def lineage():
 def test_niches_are_by_what_is_read_and_by_masks(lineage):
     assert {c.id: c.niche for c in lineage} == {"a": "a", "b": "a", "c": "c", "d": "d"}
     assert {k: v.id for k, v in incumbents(lineage).items()} == {"a": "b", "c": "c", "d": "d"}
-    assert [c.id for c in elites(lineage, 3)] == ["b", "c", "d"]
+    assert [c.id for c in elites(lineage, 2)] == ["b", "c"]
+    # d is out of the best one's reach, so a runner-up takes its place.
+    assert [c.id for c in elites(lineage, 3)] == ["b", "a", "c"]
     assert [c.id for c in elites(lineage, 3, diverse=False)] == ["b", "a", "c"]
     assert niche(candidate("e", "std", 0, "fff0"), lineage, 0.2) == "e"
     assert niche(candidate("e", "std", 0, "fff0"), lineage, 0.3) == "d"
@@ -120,9 +122,9 @@ def fresh_screen(lineage, cheap, error=0.5, **plan):
         ("ffff", 3.80, True, "b"),
         ("ffff", 3.84, True, "b"),  # within the noise
         ("ffff", 3.95, False, "b"),
-        ("ff00", 4.42, True, "c"),  # against its own niche
-        ("0000", 4.42, True, "c"),  # a new niche: against the least of the elites
-        ("0000", 4.60, False, "c"),
+        ("ff00", 4.02, True, "c"),  # against its own niche
+        ("0000", 4.02, True, "c"),  # a new niche: against the least of the elites
+        ("0000", 4.20, False, "c"),
     ],
 )
 def test_who_is_worse_than_its_rival_is_stopped(lineage, mask, cheap, passes, rival):

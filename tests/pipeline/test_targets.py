@@ -1,0 +1,83 @@
+"""Fitness over several cases: in nats above each dense model, of the worst case or their mean."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from local import LocalEvaluator, local_search, small_config
+
+from autoprune.actors.messages import Evaluation
+from autoprune.models.errors import InputError
+from autoprune.pipeline.config import Further, check_config, load_config
+from autoprune.pipeline.targets import Case, Cases, combine
+
+
+def evaluation(*nlls, errors=(0.1, 0.5), **more):
+    return Evaluation(sum(nlls) / len(nlls), 10 * len(nlls), nlls, (0.5,), errors, 0.5, 1.0, **more)
+
+
+@pytest.mark.parametrize("worst, nll, windows, last", [(True, 2.0, (1.0, 3.0), 0.9), (False, 1.5, (1.0, 2.0), 0.7)])
+def test_cases_are_combined_window_by_window(worst, nll, windows, last):
+    found = combine([evaluation(1.0, 1.0), evaluation(1.0, 3.0, errors=(0.3, 0.9))], worst)
+    assert found.nll == nll and found.window_nlls == windows
+    assert found.block_errors == pytest.approx((0.1, last))
+    assert found.tokens == 40 and found.seconds == 2.0
+
+
+def test_what_fails_in_one_case_fails():
+    broken = Evaluation(None, 0, error="not finite", seconds=0.5)
+    found = combine([evaluation(1.0), broken], worst=True)
+    assert found.nll is None and found.error == "not finite" and found.seconds == 1.5
+
+
+class Pool:
+    """Two windows of dense NLL 2 and 3 (in all cases), and pruned ones that grow with the sparsity."""
+
+    dense = {"fitness": evaluation(2.0, 3.0), "report": evaluation(2.2, 3.2)}
+
+    def evaluate(self, jobs, split="fitness", sparsity=None):
+        for index in reversed(range(len(jobs))):
+            yield index, evaluation(*(n + sparsity for n in ((3.0,) if "[" in split else (2.0, 3.0))))
+
+
+def test_every_case_is_measured_against_its_own_dense_model():
+    cases = Cases([Case(Pool(), 0.5, "a"), Case(Pool(), 0.7, "b")], worst=True)
+    assert cases.dense["fitness"].nll == cases.dense["report"].nll == 0.0
+    found = dict(cases.evaluate(["x", "y"]))
+    assert {i: e.nll for i, e in found.items()} == pytest.approx({0: 0.7, 1: 0.7})
+    (one,) = (e for _, e in cases.evaluate(["x"], "fitness[1]"))
+    assert one.nll == pytest.approx(0.7), "a window against the same window"
+    (plain,) = (e for _, e in cases.evaluate(["x"], "report@0"))
+    assert plain.nll == pytest.approx(3.0), "one case alone is in nats as such"
+
+
+@pytest.fixture(scope="module")
+def evaluator(tiny_model):
+    return LocalEvaluator(tiny_model, 0.5)
+
+
+@pytest.mark.parametrize("how", ["worst", "mean"])
+def test_a_search_over_two_sparsities(tmp_path, evaluator, how):
+    config = small_config(tmp_path)
+    config = replace(config, target=replace(config.target, further=(Further("", 0.7),), combine=how))
+    cases = Cases([Case(evaluator, 0.5, "half"), Case(evaluator, 0.7, "more")], worst=how == "worst")
+    search = local_search(tmp_path, cases, config)
+    search.run()
+    best = search.lineage.best()
+    own = [next(iter(evaluator.evaluate([best.algorithm], "fitness", s)))[1].nll for s in (0.5, 0.7)]
+    above = [nll - evaluator.dense["fitness"].nll for nll in own]
+    assert best.fitness == pytest.approx(max(above) if how == "worst" else sum(above) / 2, abs=1e-6)
+    written = next(c for c in search.lineage if c.prompt)
+    assert "tiny to 50%; tiny to 70%" in written.prompt and f"the {how} of these cases" in written.prompt
+    assert json.loads((tmp_path / "run" / "lineage.json").read_text())
+
+
+def test_cases_are_read_from_a_configuration(tmp_path):
+    (tmp_path / "c.yaml").write_text("target:\n  further:\n  - {sparsity: 0.5}\n  - {model: other}\n  combine: mean\n")
+    config = load_config(tmp_path / "c.yaml")
+    assert config.target.further == (Further("", 0.5), Further("other", 0.6))
+    with pytest.raises(InputError, match=r"further\[0\].sparsity is 1.5"):
+        check_config(replace(config, target=replace(config.target, further=(Further("", 1.5),))))
+    (tmp_path / "c.yaml").write_text("target:\n  further:\n  - {sparsty: 0.5}\n")
+    with pytest.raises(InputError, match="sparsty"):
+        load_config(tmp_path / "c.yaml")
