@@ -26,7 +26,15 @@ from autoprune.pipeline.checkpoint import Journal
 from autoprune.pipeline.lineage import Lineage
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["data.context=128", "data.calibration_windows=8", "data.fitness_windows=2", "data.report_windows=4"]
+SMALL = [
+    "data.context=128",
+    "data.calibration_windows=8",
+    "data.fitness_windows=3",
+    "data.report_windows=4",
+    "search.cheap_windows=1",
+    "search.fresh_windows=2",
+    "search.tuning=2",
+]
 SMALLER = ["data.context=64", "data.report_windows=1", "search.seeds=[wanda]"]
 
 

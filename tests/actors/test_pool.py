@@ -96,6 +96,15 @@ def check_numbers(pool: EvaluatorPool, model) -> None:
     assert len(set(results[1].block_sparsities)) > 1, "sdsa gives blocks different sparsities"
 
 
+def test_some_windows_of_a_split_and_another_sparsity(pool):
+    ((_, whole),) = pool.evaluate([WANDA])
+    ((_, part),) = pool.evaluate([WANDA], "fitness[3,1]")
+    assert part.window_nlls == pytest.approx((whole.window_nlls[3], whole.window_nlls[1]), rel=1e-5)
+    assert part.tokens == 2 * 23 and part.block_sparsities == whole.block_sparsities
+    ((_, more),) = pool.evaluate([WANDA], sparsity=0.75)
+    assert more.sparsity == pytest.approx(0.75, abs=1 / 32)
+
+
 def test_an_algorithm_that_raises_fails_alone(pool):
     before = pool.restarts
     results = dict(pool.evaluate([WANDA, POISON, JOBS[3]]))

@@ -1,0 +1,91 @@
+"""What was asked and measured is paid for once, and counts as spent when the search comes to it."""
+
+from dataclasses import replace
+
+import pytest
+
+from autoprune.actors.messages import Answer, Evaluation, Request
+from autoprune.algorithms.algorithm import Algorithm
+from autoprune.pipeline.config import Budgets
+from autoprune.pipeline.ledger import Ledger
+
+ONE, TWO = Algorithm("def score(W):\n    return W.abs()"), Algorithm("def score(W):\n    return W.square()")
+REQUEST = Request((("user", "write"),), n=2, temperature=1.0, max_tokens=10)
+
+
+class Counted:
+    """Writes and measures; says how often."""
+
+    def __init__(self):
+        self.asked, self.measured, self.lost = 0, [], False
+
+    def generate(self, requests):
+        self.asked += 1
+        return [[Answer("a", 100, 7)] * request.n for request in requests]
+
+    def evaluate(self, jobs, split="fitness"):
+        for index in reversed(range(len(jobs))):
+            self.measured.append((jobs[index].key, split))
+            yield index, Evaluation(1.0 + index, 10, seconds=2.0, error="lost" if self.lost else None, lost=self.lost)
+
+
+@pytest.fixture
+def make(tmp_path):
+    worker = Counted()
+
+    def new(**budgets):
+        return Ledger(tmp_path, worker, worker, Budgets(**budgets))
+
+    new.worker = worker
+    return new
+
+
+def test_answers_and_measurements_are_paid_for_once(make):
+    for _ in range(2):
+        ledger = make()
+        texts = ledger.answers((1, 0, "round"), lambda: [REQUEST, replace(REQUEST, n=1)])
+        assert [len(text) for text in texts] == [2, 1]
+        first, again, second = ledger.measure([ONE, ONE, TWO], "fitness")
+        assert first == again and (first.nll, second.nll) == (1.0, 2.0)
+        ledger.measure([ONE], "fitness[0]")
+        ledger.measure([ONE], "report")
+        spent = ledger.spent
+        assert (spent.answers, spent.prompt_tokens, spent.completion_tokens) == (3, 200, 21)
+        assert (spent.evaluations, spent.cheap, spent.gpu_seconds) == (2, 1, 8.0)
+    assert make.worker.asked == 1 and len(make.worker.measured) == 4
+
+
+def test_what_the_search_has_not_come_to_is_not_spent(make):
+    ledger = make()
+    ledger.answers((1, 0, "round"), lambda: [REQUEST])
+    used = ledger.used
+    ledger.measure([ONE, TWO], "fitness")
+    again = make(evaluations=2)
+    again.restore(used, 12.0)
+    assert again.spent.answers == 2 and again.spent.evaluations == 0 and again.left("evaluations") == 2
+    again.measure([TWO], "fitness")
+    assert again.left("evaluations") == 1 and again.spent.total == 12.0
+    assert again.holds_answers(1) and not again.holds_answers(2)
+
+
+@pytest.mark.parametrize(
+    "budget, bound, other", [("calls", 2, 3), ("tokens", 114, 115), ("evaluations", 1, 2), ("gpu_seconds", 2.0, 2.1)]
+)
+def test_each_budget_is_used_up_at_its_bound(make, budget, bound, other):
+    for value, ends in ((bound, True), (other, False), (0, False)):
+        ledger = make(**{budget: value})
+        ledger.answers((1, 0, "round"), lambda: [REQUEST])
+        ledger.measure([ONE], "fitness")
+        assert (ledger.exhausted() is not None) == ends
+        if ends:
+            assert ledger.exhausted() == f"{budget} ({bound:g})" and ledger.left(budget) == 0
+            assert f"of {bound:,.0f}" in ledger.line()
+
+
+def test_what_the_actors_lost_may_be_measured_again(make):
+    make.worker.lost = True
+    (lost,) = make().measure([ONE], "fitness")
+    assert lost.lost
+    make.worker.lost = False
+    (found,) = make().measure([ONE], "fitness")
+    assert found.nll == 1.0 and len(make.worker.measured) == 2
