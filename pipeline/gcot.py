@@ -62,9 +62,11 @@ def template(name: str) -> str:
     return (Path(__file__).parent / "prompts" / VERSION / f"{name}.txt").read_text().rstrip("\n")
 
 
-def build_prompt(lineage: Lineage, task: str, parents: tuple[str, ...], setting: Setting) -> Messages:
+def build_prompt(
+    lineage: Lineage, task: str, parents: tuple[str, ...], setting: Setting, lessons: Sequence[str] = ()
+) -> Messages:
     """The prompt for a task (explore, mutate_score, mutate_allocation, mutate_allocate, crossover, simplify), as (role,
-    text) messages of at most setting.limit tokens.
+    text) messages of at most setting.limit tokens. lessons: lines of what the whole graph says (see `lessons`).
 
     What is too much is dropped: the oldest evidence first, never the parents; then the oldest failures; then the worst
     of what is listed as known. A function of its arguments alone.
@@ -81,6 +83,7 @@ def build_prompt(lineage: Lineage, task: str, parents: tuple[str, ...], setting:
             # The same for every prompt of a generation, and therefore early: the server computes a common beginning
             # once.
             _section("known", [f"- {c.fitness:.3f}: {_one_line(c)}" for c in known]),
+            _section("lessons", list(lessons)),
             _lines(["How we got here:", *(_step(lineage, c, numbers, setting) for c in steps)]),
             _section("failures", [_failure(lineage, parents[0], c) for c in failures], focal=focal),
             _lines([template(task).format(focal=focal, partner=partner), template("order")]),

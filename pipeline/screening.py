@@ -144,6 +144,13 @@ class Screen:
         (own,) = self.values(rung, [rival.algorithm])
         return own is not None and value > own * (1 + PROBE_MARGIN)
 
+    def effect(self, parent: Candidate, child: Candidate) -> float | None:
+        """Nats by which a child differs from a measured parent, on the best fidelity that the child reached; None where
+        it reached neither text."""
+        if child.status == "evaluated":
+            return child.fitness - parent.fitness
+        return child.rungs["cheap"] - subset_nll(parent.evaluation, self.windows) if "cheap" in child.rungs else None
+
     def differences(self) -> list[tuple[float, float]]:
         """Cheap and full difference (nats) to its rival, of every candidate that has both."""
         return [

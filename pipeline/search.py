@@ -29,6 +29,7 @@ from autoprune.pipeline.checkpoint import load_checkpoint, save_checkpoint, writ
 from autoprune.pipeline.config import Config
 from autoprune.pipeline.gcot import Messages, Setting, build_prompt, plain_prompt, repair_prompt
 from autoprune.pipeline.ledger import FULL, Evaluator, Generator, Ledger, Spent
+from autoprune.pipeline.lessons import lessons
 from autoprune.pipeline.lineage import STATUSES, Candidate, Lineage
 from autoprune.pipeline.niches import elites
 from autoprune.pipeline.operators import choose, weights
@@ -186,7 +187,8 @@ class Search:
         if plan.prompt == "topk":
             best = self._elites()
             return Slot("improve", (best[0].id,), plain_prompt(best, "topk", self._setting), parts)
-        return Slot(operator, parents, build_prompt(self.lineage, task, parents, self._setting), asked, lines)
+        told = lessons(self.lineage, self.screen.effect)
+        return Slot(operator, parents, build_prompt(self.lineage, task, parents, self._setting, told), asked, lines)
 
     def _elites(self) -> list[Candidate]:
         return elites(self.lineage, self.config.search.elites, self.config.search.diversity)
