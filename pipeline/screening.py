@@ -26,6 +26,8 @@ PROBE_MARGIN = 0.25
 # Standard deviation of what a cheap difference (nats) says wrongly of a full one, until enough pairs tell it.
 PRIOR_NOISE = 0.05
 PRIOR_PAIRS = 4  # so many pairs' weight has the prior
+# Nats by which a new kind of algorithm may be worse than the best (a perplexity a tenth higher): children may mend it.
+NEW_SLACK = 0.1
 PROBE = "probe"  # the split
 MOST_SUBSETS = 5_000  # of windows that are tried all; beyond, windows are chosen one by one
 
@@ -120,7 +122,7 @@ class Screen:
             for candidate in left:
                 rival = rivals[candidate.id]
                 candidate.rival = rival.id
-                if self._stops(rung, candidate.rungs[rung], rival):
+                if self._stops(rung, candidate, rival):
                     candidate.status = "screened"
             left = [c for c in left if c.status == "proposed"]
         if self._plan.fidelities:
@@ -130,17 +132,19 @@ class Screen:
 
     def _rival(self, candidate: Candidate) -> Candidate:
         """Who is to be beaten: who holds the candidate's niche; where that is new, or out of the best one's reach, the
-        least of the elites."""
+        best of all, which a new kind may miss by NEW_SLACK. Without niches the least of the elites."""
         plan = self._plan
-        best = elites(self._lineage, plan.elites, plan.diversity)
         if not plan.diversity:
-            return best[-1]
+            return elites(self._lineage, plan.elites, diverse=False)[-1]
         holder = incumbents(self._lineage).get(niche(candidate, self._lineage, plan.niche_radius))
-        return holder if holder and within_reach(holder, self._lineage) else best[-1]
+        return holder if holder and within_reach(holder, self._lineage) else self._lineage.evaluated()[0]
 
-    def _stops(self, rung: str, value: float, rival: Candidate) -> bool:
+    def _stops(self, rung: str, candidate: Candidate, rival: Candidate) -> bool:
+        value = candidate.rungs[rung]
         if rung == "cheap":
-            return value - subset_nll(rival.evaluation, self.windows) > noise(self.differences())
+            place = niche(candidate, self._lineage, self._plan.niche_radius)
+            slack = 0.0 if place == rival.niche or not self._plan.diversity else NEW_SLACK
+            return value - subset_nll(rival.evaluation, self.windows) > noise(self.differences()) + slack
         (own,) = self.values(rung, [rival.algorithm])
         return own is not None and value > own * (1 + PROBE_MARGIN)
 

@@ -123,8 +123,9 @@ def fresh_screen(lineage, cheap, error=0.5, **plan):
         ("ffff", 3.84, True, "b"),  # within the noise
         ("ffff", 3.95, False, "b"),
         ("ff00", 4.02, True, "c"),  # against its own niche
-        ("0000", 4.02, True, "c"),  # a new niche: against the least of the elites
-        ("0000", 4.20, False, "c"),
+        ("ff00", 4.08, False, "c"),
+        ("0000", 3.92, True, "b"),  # a new niche: against the best, with some slack
+        ("0000", 3.98, False, "b"),
     ],
 )
 def test_who_is_worse_than_its_rival_is_stopped(lineage, mask, cheap, passes, rival):
