@@ -72,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--score",
         default="wanda",
-        help="magnitude, wanda, ria, pruner-zero, obs-diag, sparsegpt, or a .py file with a score function; with "
+        help="magnitude, wanda, ria, pruner-zero, obs-diag, sparsegpt, or a .py file with a score function, such as "
+        "those in algorithms/found; with "
         "/UPDATE and +ALLOCATION behind it, as in wanda/cg+sdsa, in place of those options",
     )
     prune.add_argument(
@@ -218,7 +219,7 @@ def _prune(options: argparse.Namespace) -> None:
     from autoprune.pipeline.progress import ConsoleProgress
 
     own = options.score.endswith(".py")
-    algorithm = read_score(Path(options.score)) if own else baseline(options.score)
+    algorithm, spread = read_score(Path(options.score)) if own else (baseline(options.score), False)
     says = {sign for sign in "/+" if sign in options.score and not own}
     for sign, option, value in (("/", "--update", options.update), ("+", "--allocation", options.allocation)):
         if sign in says and value is not None:
@@ -231,7 +232,7 @@ def _prune(options: argparse.Namespace) -> None:
     if group.kind == "n:m" and sparsity is None:
         sparsity = 1 - group.first / group.second
     allocation = options.allocation or ("uniform" if group.kind == "n:m" else "sdsa")
-    in_file = own and algorithm.allocation.source and options.allocation is None
+    in_file = spread and options.allocation is None
     algorithm = replace(
         algorithm,
         group=options.group or algorithm.group,

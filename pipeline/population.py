@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import random
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from autoprune.algorithms.algorithm import UPDATES, Algorithm, Allocation
+from autoprune.algorithms.algorithm import UPDATES, Algorithm, Allocation, Group
 from autoprune.algorithms.allocation import DEFAULTS, WRITTEN, AllocationError, check_allocation
 from autoprune.algorithms.language import LanguageError, parse
 from autoprune.algorithms.reader import FORMS, Function, canonical
@@ -93,22 +94,45 @@ def read_allocation(text: str) -> Allocation:
     return allocation
 
 
-def read_score(file: Path) -> Algorithm:
-    """An algorithm of one's own from a file in the algorithm language: the score is compared by row; the allocation is
-    the file's, or uniform where it holds none."""
-    functions = read_functions(file)
+def read_score(file: Path) -> tuple[Algorithm, bool]:
+    """An algorithm from a file in the algorithm language, and whether the file says how the budget is spread.
+
+    Its group and allocation are those of comment lines `# group: …` and `# allocation: …`, as `algorithm_text` and
+    `algorithms/found` have them; the group is row, the allocation the file's `allocate`, or uniform, where there is
+    none.
+    """
+    text = _read(file)
+    functions = _functions(file, text)
     if "score" not in functions:
         raise InputError(f"{file} holds no `{FORMS['score']}`")
-    allocation = Allocation(WRITTEN, source=functions["allocate"].text) if "allocate" in functions else Allocation()
-    return Algorithm(functions["score"].text, "row", allocation)
+    said = dict(re.findall(r"^# (group|allocation): (.*\S)", text, re.MULTILINE))
+    if "allocate" in functions:
+        per = "layer" if said.get("allocation", "").startswith(f"{WRITTEN}@layer") else "block"
+        allocation = Allocation(WRITTEN, per=per, source=functions["allocate"].text)
+    else:
+        name, *settings = said.get("allocation", "uniform").split()
+        allocation = read_allocation(f"{name}:{','.join(settings)}" if settings else name)
+    group = said.get("group", "row")
+    try:
+        Group.parse(group)
+    except ValueError as error:
+        raise InputError(f"{file}: {error}") from None
+    return Algorithm(functions["score"].text, group, allocation), "allocate" in functions or "allocation" in said
 
 
 def read_functions(file: Path) -> dict[str, Function]:
     """By name, from a file, or "-" for what stands in. Raises InputError, one line."""
+    return _functions(file, _read(file))
+
+
+def _read(file: Path) -> str:
     try:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text()
+        return sys.stdin.read() if str(file) == "-" else file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {file}: {getattr(error, 'strerror', 'it is not text')}") from None
+
+
+def _functions(file: Path, text: str) -> dict[str, Function]:
     try:
         return canonical(text)
     except LanguageError as error:

@@ -25,7 +25,8 @@ from autoprune.pipeline.gcot import (
 )
 from autoprune.pipeline.lineage import Candidate, Lineage
 from autoprune.pipeline.operators import choose
-from autoprune.pipeline.population import CLAIMS, baseline, choose_parents, seed
+from autoprune.pipeline.population import CLAIMS, baseline, choose_parents, read_score, seed
+from autoprune.pipeline.report import algorithm_text
 
 
 def measured(
@@ -314,3 +315,30 @@ def test_a_repair_shows_the_answer_and_the_error(lineage):
 def test_what_is_not_designed_is_not_asked_for(lineage, parts, there, missing):
     system = prompt(lineage, "explore", ("focal",), parts=parts)[0][1]
     assert there in system and missing not in system.partition("exactly this form")[2]
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        Algorithm(
+            "def score(W):\n    return W.abs()", "matrix", Allocation("sdsa", {"tau": 0.5, "m": 0.3, "depth": 0.2})
+        ),
+        Algorithm("def score(W):\n    return W.abs()", "2:4", Allocation("owl", dict(DEFAULTS["owl"]), "layer")),
+        Algorithm(
+            "def score(W):\n    return W.abs()",
+            allocation=Allocation("written", source="def allocate(profile, sparsity):\n    return profile.depth + 1.0"),
+        ),
+        Algorithm("def score(W):\n    return W.abs()", allocation=Allocation("explicit", {}, "block", (0.5, 0.7))),
+    ],
+)
+def test_an_algorithm_reads_back_from_its_text(tmp_path, algorithm):
+    (tmp_path / "own.py").write_text(algorithm_text(algorithm))
+    assert read_score(tmp_path / "own.py") == (algorithm, True)
+
+
+def test_a_file_that_says_nothing_else_is_by_row_and_uniform(tmp_path):
+    (tmp_path / "own.py").write_text("def score(W):\n    return W.abs()\n")
+    assert read_score(tmp_path / "own.py") == (Algorithm("def score(W):\n    return W.abs()"), False)
+    (tmp_path / "own.py").write_text("# group: colum\ndef score(W):\n    return W.abs()\n")
+    with pytest.raises(InputError, match="unknown comparison group 'colum'"):
+        read_score(tmp_path / "own.py")
