@@ -13,14 +13,14 @@ from pathlib import Path
 
 from autoprune.actors.guard import guard_session
 from autoprune.actors.messages import Answer, Request, last_line
-from autoprune.algorithms.algorithm import Algorithm
+from autoprune.algorithms.algorithm import Allocation
 from autoprune.algorithms.answers import SDSA, SDSA_BOUNDS
 from autoprune.algorithms.derivation import derive
 from autoprune.algorithms.grammar import answer_rules
 from autoprune.algorithms.manual import brief
 from autoprune.algorithms.translator import LanguageError
 from autoprune.algorithms.variation import NoVariationError, crossed, mutated, part_rules
-from autoprune.algorithms.written import UNIFORM
+from autoprune.algorithms.written import WRITTEN_ALLOCATIONS
 from autoprune.models.errors import InputError, Lost
 from autoprune.models.loading import load_tokenizer, resolve_model
 from autoprune.models.pruning import native_dtype
@@ -240,7 +240,7 @@ class GrammarGenerator:
 
 class GeneticGenerator(GrammarGenerator):
     """Varies the parents of a request by the moves of genetic programming (`algorithms.variation`): the search without
-    a language model. `explore` draws from the grammar instead.
+    a language model. `explore` draws from the grammar instead; `simplify` puts one of its own parts in a part's place.
 
     The n-th answer of a search follows from the seed, n and the parents.
     """
@@ -253,42 +253,44 @@ class GeneticGenerator(GrammarGenerator):
         if request.operator == "explore" or not request.parents:
             return super()._answer(request, source)
         lines = [f"Diagnosis: {self.THOUGHT}", f"Hypothesis: {self.THOUGHT}"]
-        one, other = request.parents[0], request.parents[-1]
-        crossing = request.operator == "crossover"
-        donor = source.choice((one, other)) if crossing else one
         if "group" in request.parts:
-            lines.append(f"Group: {donor.group}")
+            lines.append(f"Group: {source.choice(request.parents).group}")
         if "allocation" in request.parts:
-            lines += self._allocation(source, donor, moves=not crossing)
-        if "allocate" in request.parts and (donor.allocation.source or "score" not in request.parts):
-            lines.append(self._varied("allocate", request, source, crossing).strip())
-        if "score" in request.parts:
-            lines.append(self._varied("score", request, source, crossing).strip())
+            lines.append(f"Allocation: {self._allocation(request, source)}")
+        for name in ("allocate", "score"):
+            if name in request.parts:
+                lines.append(self._varied(name, request, source).strip())
         return Answer("\n".join(lines))
 
-    def _allocation(self, source: random.Random, donor: Algorithm, moves: bool) -> list[str]:
-        """A line with SDSA's parameters, the donor's or moved ones; none where the donor's allocation is another."""
-        if donor.allocation.name != SDSA.name:
-            return [] if not moves else [f"Allocation: {SDSA}"]
-        values = dict(donor.allocation.parameters)
+    def _allocation(self, request: Request, source: random.Random) -> str:
+        """SDSA's parameters, each from either parent and, but for crossover, about half of them moved. Of a parent with
+        another rule the default's count."""
+        own = [a.allocation if a.allocation.name == SDSA.name else SDSA for a in request.parents]
+        settings = []
         for key, (low, high) in SDSA_BOUNDS.items():
-            value = values[key]
-            if moves and source.random() < 0.5:
+            value = source.choice(own).parameters[key]
+            if request.operator != "crossover" and source.random() < 0.5:
                 value = max(value, 0.05) * source.uniform(*self.SPREADS[key])
-            values[key] = min(max(value, low), high)
-        return ["Allocation: sdsa " + " ".join(f"{key}={value:.3f}" for key, value in values.items())]
+            settings.append(f"{key}={min(max(value, low), high):.3f}")
+        return f"sdsa {' '.join(settings)}"
 
-    def _varied(self, name: str, request: Request, source: random.Random, crossing: bool) -> str:
+    def _varied(self, name: str, request: Request, source: random.Random) -> str:
         """A varied function; the first parent's, where nothing comes of TRIES tries."""
         rules = part_rules(request.statistics)
-        texts = [a.score if name == "score" else a.allocation.source for a in request.parents]
-        one, other = texts[0] or UNIFORM, texts[-1] or texts[0] or UNIFORM
+        texts = [a.score if name == "score" else _allocate(a.allocation) for a in request.parents]
         for _ in range(self.TRIES):
             try:
-                return crossed(one, other, name, source) if crossing else mutated(one, name, source, rules)
+                if request.operator == "crossover":
+                    return crossed(texts[0], texts[-1], name, source)
+                return mutated(texts[0], name, source, rules, simpler=request.operator == "simplify")
             except (LanguageError, NoVariationError):
                 continue
-        return one
+        return texts[0]
+
+
+def _allocate(allocation: Allocation) -> str:
+    """An allocation as a function: its own, or what does as its rule does, or the uniform one."""
+    return allocation.source or WRITTEN_ALLOCATIONS.get(allocation.name, WRITTEN_ALLOCATIONS["uniform"])
 
 
 class ScriptedGenerator:

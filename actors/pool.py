@@ -36,9 +36,9 @@ class PoolPlan:
     """What the pool measures and on how many actors.
 
     model: bundled name, folder that every node sees, or hub id. splits: name → token windows, int64 [windows, L];
-    must have "calibration". unreferenced: splits of which the dense model is not measured. statistics, features: what
-    algorithms and their allocations may read (see `ModelShard.calibrate`). deadline: seconds that a replica may take
-    for one candidate; attempts: how often a candidate may bring a replica down before it is given up.
+    must have "calibration". statistics, features: what algorithms and their allocations may read (see
+    `ModelShard.calibrate`). deadline: seconds that a replica may take for one candidate; attempts: how often a
+    candidate may bring a replica down before it is given up.
     """
 
     model: str
@@ -54,7 +54,6 @@ class PoolPlan:
     deadline: float
     attempts: int
     resources: ActorResources
-    unreferenced: frozenset[str] = frozenset({"calibration"})
 
 
 @dataclass
@@ -137,7 +136,7 @@ class EvaluatorPool:
             for actor in reversed(replica.actors):
                 upstream = actor.backward.remote(upstream)
         profiles = [actor.profiles.remote() for actor in replica.actors]
-        dense = {s: self._send(replica, s, None) for s in self.plan.splits if s not in self.plan.unreferenced}
+        dense = {s: self._send(replica, s, None) for s in self.plan.splits if s != "calibration"}
         return profiles, dense
 
     def _send(self, replica: _Replica, split: str, algorithm: Algorithm | None, sparsity: float | None = None) -> list:

@@ -1,14 +1,14 @@
 """Constants of an algorithm: where they stand, and a search for better ones that needs no derivative.
 
-A constant is what `tune(value, low, high)` marks; where an algorithm marks none, every number that is a factor or an
-exponent; and SDSA's parameters, where SDSA is its allocation.
+A constant is what `tune(value, low, high)` marks; where a function marks none, every number in its arithmetic; and
+SDSA's parameters, where SDSA is the allocation.
 """
 
 from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from autoprune.algorithms.algorithm import Algorithm
@@ -16,10 +16,12 @@ from autoprune.algorithms.answers import SDSA_BOUNDS
 from autoprune.algorithms.reader import canonical
 
 LEAST = 0.01  # a smaller number is a guard against a division by zero
+MOST = 1e6  # as does a larger one, in its way
 SPAN = 4.0  # an unmarked constant may be so many times as small or as large
 DIGITS = 4  # significant ones of what is found: more than any measurement can tell apart
 FIRST_STEP = 0.25  # of a constant's range, which is halved when no step helps
 LAST_STEP = 0.02
+EVERY = ("score", "allocate", "allocation")  # the parts of an algorithm that have constants
 
 Point = tuple[float, ...]
 
@@ -58,20 +60,25 @@ def _number(node: ast.expr) -> float:
 
 
 def _bare(tree: ast.AST) -> list[ast.Constant]:
-    """Factors and exponents that stand in a function without a mark."""
+    """Factors, exponents and summands of a function."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div, ast.Pow, ast.Add, ast.Sub)):
             sides = (node.left, node.right)
-            found += [s for s in sides if isinstance(s, ast.Constant) and type(s.value) is float and s.value >= LEAST]
+            found += [
+                s for s in sides if isinstance(s, ast.Constant) and type(s.value) is float and LEAST <= s.value <= MOST
+            ]
     return found
 
 
-def constants(algorithm: Algorithm) -> list[Constant]:
-    """Those of the score, of a written allocation, then SDSA's; marked ones alone where a function marks any."""
+def constants(algorithm: Algorithm, parts: Collection[str] = EVERY) -> list[Constant]:
+    """Those of the score, of a written allocation, then SDSA's; marked ones alone where a function marks any.
+
+    parts: of the algorithm, that may be changed.
+    """
     found: list[Constant] = []
     for name, source in (("score", algorithm.score), ("allocate", algorithm.allocation.source)):
-        if not source:
+        if not source or name not in parts:
             continue
         tree = ast.parse(canonical(source)[name].text)
         marks = _marks(tree)
@@ -80,7 +87,7 @@ def constants(algorithm: Algorithm) -> list[Constant]:
             found.append(Constant((name, index), value, low, high))
         for index, node in enumerate([] if marks else _bare(tree)):
             found.append(Constant((name, index), node.value, node.value / SPAN, node.value * SPAN))
-    if algorithm.allocation.name == "sdsa":
+    if algorithm.allocation.name == "sdsa" and {"allocation", "allocate"} & set(parts):
         for key, (low, high) in SDSA_BOUNDS.items():
             value = algorithm.allocation.parameters[key]
             found.append(Constant(("sdsa", key), value, min(low, value), max(high, value)))
@@ -113,16 +120,18 @@ def fill(
     measure: Callable[[list[Algorithm]], list[float]],
     start: float,
     evaluations: int,
+    parts: Collection[str] = EVERY,
 ) -> tuple[Algorithm, float]:
     """The algorithm with the best constants that a pattern search finds, and its measurement.
 
-    measure: of a round of algorithms, lower is better, NaN and infinity the worst. start: of the algorithm as it is.
+    measure: of a round of algorithms, lower is better, NaN and infinity the worst. start: of the algorithm as it is, a
+    number. parts: see `constants`.
     evaluations: how many others may be measured, all different. From the best so far, each constant in turn is moved
     both ways by a step of its range, and what helped is kept at once; a turn over all constants without gain halves the
     step, down to LAST_STEP. The same measurements lead to the same questions.
     Raises ValueError for an algorithm without constants.
     """
-    places = constants(algorithm)
+    places = constants(algorithm, parts)
     if not places:
         raise ValueError("the algorithm has no constants to fill")
     best, lowest = tuple(constant.value for constant in places), start

@@ -96,20 +96,23 @@ def type_of(value: ast.expr) -> str | None:
     return SHAPES.get(tuple(result.shape)) if isinstance(result, torch.Tensor) and result.dtype != torch.bool else None
 
 
-def mutated(source: str, name: str, rng: random.Random, rules: Rules) -> str:
+def mutated(source: str, name: str, rng: random.Random, rules: Rules, simpler: bool = False) -> str:
     """A function with one part changed: drawn anew, multiplied, given up for a part of its own, or a constant moved.
 
-    rules: of the grammar that parts are drawn from. Raises NoVariationError or LanguageError where nothing comes of it.
+    rules: of the grammar that parts are drawn from. simpler: a part is given up for one of its own.
+    Raises NoVariationError or LanguageError where nothing comes of it.
     """
     value = ast.Expression(expression(source, name))
     kind, parent, field, place = rng.choice(list(parts_of(value)))
     old = _get(parent, field, place)
-    move = rng.choice(("draw", "join", "hoist", "constant"))
+    move = "hoist" if simpler else rng.choice(("draw", "join", "hoist", "constant"))
     if move == "hoist":
         own = [_get(*where) for other, *where in parts_of(old) if other == kind]
         if own:
             _put(parent, field, place, rng.choice(own))
             return function_text(name, value.body)
+        if simpler:
+            raise NoVariationError("the part has none of its own type")
         move = "draw"
     if move == "constant":
         numbers = [node for node in ast.walk(value) if _is_number(node)]

@@ -65,8 +65,9 @@ class Generator:
     grammar, both at random, without a language model, "scripted" reads `answers`, a file.
     model: bundled name, local folder or hub id; "target": the model that is pruned designs its own pruning.
     temperature: of the first round; it rises by `heat` with each further round of a generation.
-    prompt_tokens: that a prompt may have, at most; the oldest evidence is dropped first.
-    max_model_len, kv_cache_gib (on a CPU) and engine (further arguments of vLLM's AsyncEngineArgs) are for "vllm".
+    prompt_tokens: that a prompt may have; the oldest evidence is dropped first.
+    max_model_len (of prompt and answer together), kv_cache_gib (on a CPU) and engine (further arguments of vLLM's
+    AsyncEngineArgs) are for "vllm".
     """
 
     kind: str = "vllm"
@@ -164,7 +165,9 @@ class Budgets:
     """What a search may use, over all its sittings; 0: no bound. Whichever is reached first ends it.
 
     calls: answers of the language model. tokens: read and written by it. evaluations: on the whole fitness split,
-    seeds included. gpu_seconds: computing time of the evaluators, on CPUs too. wall_clock: seconds.
+    seeds included. gpu_seconds: computing time of the evaluators, on CPUs too. wall_clock: seconds. Calls and
+    evaluations are never exceeded; the others are looked at before each round of prompts, so what was asked for is
+    still measured.
     """
 
     calls: int = 0
@@ -340,10 +343,30 @@ def check_config(config: Config) -> None:
         raise InputError(f"search.answers is {search.answers}: expected at least search.prompts ({search.prompts})")
     if not search.seeds:
         raise InputError("search.seeds is empty: expected at least one baseline, such as wanda")
+    for seed in search.seeds:
+        if search.seeds.count(seed) > 1:
+            raise InputError(f"search.seeds names {seed} twice: expected each once")
+    if 0 < config.budgets.evaluations < len(search.seeds):
+        raise InputError(
+            f"budgets.evaluations is {config.budgets.evaluations}: expected at least {len(search.seeds)}, the seeds"
+        )
+    if generator.kind == "vllm" and generator.max_tokens >= generator.max_model_len:
+        raise InputError(
+            f"generator.max_tokens is {generator.max_tokens}: expected less than generator.max_model_len "
+            f"({generator.max_model_len}), which prompt and answer share"
+        )
+    for name in ("temperature", "heat"):
+        value = getattr(generator, name)
+        if not 0 <= value < 100:
+            raise InputError(f"generator.{name} is {value:g}: expected 0 or more")
     for name, choices in (("allocation", ALLOCATIONS), ("design", DESIGNS), ("prompt", PROMPTS)):
         one_of(f"search.{name}", getattr(search, name), choices)
     for fidelity in search.fidelities:
         one_of("search.fidelities", fidelity, FIDELITIES)
+    if list(search.fidelities) != [name for name in FIDELITIES if name in search.fidelities]:
+        raise InputError(
+            f"search.fidelities are {', '.join(search.fidelities)}: expected each once, probe before cheap"
+        )
     if search.cheap_windows >= data.fitness_windows and "cheap" in search.fidelities:
         raise InputError(
             f"search.cheap_windows is {search.cheap_windows}: expected less than data.fitness_windows "
@@ -355,7 +378,7 @@ def check_config(config: Config) -> None:
         raise InputError(f"search.niche_radius is {search.niche_radius:g}: expected a share of the mask, 0 to 1")
     for field_ in dataclasses.fields(config.budgets):
         value = getattr(config.budgets, field_.name)
-        if value < 0:
+        if not value >= 0:
             raise InputError(f"budgets.{field_.name} is {value:g}: expected 0, for no bound, or more")
     for operator, weight in search.operators.items():
         one_of("search.operators", operator, OPERATORS)

@@ -43,7 +43,7 @@ class Setting:
     dense: NLL of the unpruned model. parts: of an algorithm that are designed (see `grammar`), in order. statistics:
     names in STATISTICS that the answer is told of. diverse: whether prompts name what exists and what failed. cases:
     where fitness is of several models or sparsities, what they are; combine: what is made of them. count: tokens of a
-    prompt; limit: how many it may have.
+    prompt; limit: how many it may have, and repair: how many more where an answer and its error are in it.
     """
 
     dense: float
@@ -55,6 +55,7 @@ class Setting:
     diverse: bool = True
     cases: tuple[str, ...] = ()
     combine: str = ""
+    repair: int = 0
 
 
 @functools.cache
@@ -68,13 +69,14 @@ def build_prompt(
     """The prompt for a task (explore, mutate_score, mutate_allocation, mutate_allocate, crossover, simplify), as (role,
     text) messages of at most setting.limit tokens. lessons: lines of what the whole graph says (see `lessons`).
 
-    What is too much is dropped: the oldest evidence first, never the parents; then the oldest failures; then the worst
-    of what is listed as known. A function of its arguments alone.
+    What is too much is dropped: the oldest evidence first, never the parents; then the oldest failures; the lessons;
+    the worst of what is listed as known. What is left then is longer than the limit. A function of its arguments alone.
     """
     system = _system(setting)
     steps = _walk(lineage, parents)
     known = lineage.evaluated()[:KNOWN_LIMIT] if setting.diverse else []
     failures = lineage.failures(parents[0])[-FAILURE_LIMIT:] if setting.diverse else []
+    lessons = list(lessons)
     while True:
         numbers = {candidate.id: number for number, candidate in enumerate(steps, start=1)}
         focal, partner = numbers[parents[0]], numbers[parents[-1]]
@@ -83,19 +85,21 @@ def build_prompt(
             # The same for every prompt of a generation, and therefore early: the server computes a common beginning
             # once.
             _section("known", [f"- {c.fitness:.3f}: {_one_line(c)}" for c in known]),
-            _section("lessons", list(lessons)),
+            _section("lessons", lessons),
             _lines(["How we got here:", *(_step(lineage, c, numbers, setting) for c in steps)]),
             _section("failures", [_failure(lineage, parents[0], c) for c in failures], focal=focal),
             _lines([template(task).format(focal=focal, partner=partner), template("order")]),
         ]
         messages = (("system", system), ("user", "\n\n".join(filter(None, sections))))
         old = next((candidate for candidate in steps if candidate.id not in parents), None)
-        if setting.count(messages) <= setting.limit or not (old or failures or known):
+        if setting.count(messages) <= setting.limit or not (old or failures or lessons or known):
             return messages
         if old:
             steps.remove(old)
         elif failures:
             failures = failures[1:]
+        elif lessons:
+            lessons = []
         else:
             known = known[:-1]
 
@@ -115,9 +119,10 @@ def plain_prompt(candidates: Sequence[Candidate], task: str, setting: Setting) -
         count -= 1
 
 
-def repair_prompt(messages: Messages, answer: str, error: str) -> Messages:
-    """The prompt of an answer, the answer, and why it cannot be used."""
-    return (*messages, ("assistant", answer), ("user", template("repair").format(error=error)))
+def repair_prompt(messages: Messages, answer: str, error: str, setting: Setting) -> Messages | None:
+    """The prompt of an answer, the answer, and why it cannot be used; None where that is longer than the limit."""
+    repair = (*messages, ("assistant", answer), ("user", template("repair").format(error=error)))
+    return repair if setting.count(repair) <= setting.limit + setting.repair else None
 
 
 def _lines(texts: Iterable[str]) -> str:

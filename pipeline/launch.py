@@ -22,7 +22,7 @@ from autoprune.pipeline.checkpoint import Journal, load_checkpoint, write_atomic
 from autoprune.pipeline.config import Config, difference, load_config
 from autoprune.pipeline.ledger import JOURNAL
 from autoprune.pipeline.lineage import STATUSES
-from autoprune.pipeline.preparation import SPLITS, Prepared, pool_plan, prepare, settled
+from autoprune.pipeline.preparation import SPLITS, Prepared, pool_plan, prepare_all, settled
 from autoprune.pipeline.progress import ConsoleProgress
 from autoprune.pipeline.report import write_report
 from autoprune.pipeline.search import CHECKPOINT, Search
@@ -45,10 +45,10 @@ def run_search(config: Config, resume: bool, progress: ConsoleProgress) -> Path:
     """
     began = time.monotonic()
     config = settled(config)
-    prepared = prepare(config)
+    prepared = prepare_all(config)
     generator = _prepare_generator(config)
     folder = config.folder
-    check_space(folder, checkpoint_bytes(prepared.folder))
+    check_space(folder, checkpoint_bytes(prepared[config.target.model].folder))
     _open_folder(folder, config, resume)
     try:
         # Ray sets a handler of its own for SIGTERM, so ours comes after it.
@@ -157,7 +157,7 @@ def cluster() -> Iterator[None]:
 def _run(
     config: Config,
     folder: Path,
-    prepared: Prepared,
+    prepared: dict[str, Prepared],
     generator,
     progress: ConsoleProgress,
     began: float,
@@ -170,13 +170,9 @@ def _run(
     uri = config.tracking.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
     tracker = MlflowTracker(uri, config.tracking.experiment, config.name, folder)
     tracker.start(config.to_dict())
-    models = dict.fromkeys(case.model for case in (config.target, *config.target.further))
-    own, shared = plan_resources(evaluators.shards, evaluators.replicas * len(models), evaluators.threads)
+    own, shared = plan_resources(evaluators.shards, evaluators.replicas * len(prepared), evaluators.threads)
     status = "FAILED"
-    pools = {
-        model: EvaluatorPool(pool_plan(config, prepare(config, model) if i else prepared, shared), progress.say)
-        for i, model in enumerate(models)
-    }
+    pools = {m: EvaluatorPool(pool_plan(config, one, shared), progress.say) for m, one in prepared.items()}
     artifacts: list[Path] = []
     metrics: dict[str, float] = {}
     try:
@@ -194,7 +190,9 @@ def _run(
         search = Search(config, folder, generator, evaluator, tracker, progress, began)
         search.run()
         pool = pools[config.target.model]
-        artifacts, metrics = _conclude(config, folder, pool, search, prepared.hashes, tracker.ui_command, progress)
+        artifacts, metrics = _conclude(
+            config, folder, pool, search, prepared[config.target.model].hashes, tracker.ui_command, progress
+        )
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -254,7 +252,7 @@ def _conclude(
             "perplexity": {"fitness_nll": best.fitness, "report_nll": reported[-1].nll},
         }
         pool.export(model, best.algorithm, details)
-    written = [c for c in search.lineage if c.operator != "seed"]
+    written = [c for c in search.lineage if c.answer]  # not seeds, nor what was tuned
     counts = {status: sum(c.status == status for c in written) for status in STATUSES}
     spent = search.spend()
     summary = {

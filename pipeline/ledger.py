@@ -93,15 +93,23 @@ class Ledger:
             self._places[_name(record)] = place
         self._lost: dict[tuple, Evaluation] = {}
 
-    def restore(self, used: int, total: float) -> None:
-        """Take up where a checkpoint was written: with so many records used, after so many seconds."""
-        for place in range(used):
-            self._use(place)
+    def restore(self, used: Sequence[Sequence[int]], total: float) -> None:
+        """Take up where a checkpoint was written: with these records used, after so many seconds."""
+        for first, last in used:
+            for place in range(first, last + 1):
+                self._use(place)
         self.spent.total = total
 
     @property
-    def used(self) -> int:
-        return len(self._used)
+    def used(self) -> list[list[int]]:
+        """First and last place of every run of records that count as spent."""
+        runs: list[list[int]] = []
+        for place in sorted(self._used):
+            if runs and runs[-1][1] == place - 1:
+                runs[-1][1] = place
+            else:
+                runs.append([place, place])
+        return runs
 
     def _use(self, place: int) -> dict:
         record = self._journal.records[place]
@@ -118,14 +126,16 @@ class Ledger:
 
     def answers(self, key: tuple[int, int, str], ask: Callable[[], Sequence[Request]]) -> list[list[Answer]]:
         """Answers per request, in order. key: generation, round, and what is asked for. ask: makes the requests, if
-        the journal does not have their answers."""
+        the journal does not have their answers. None are asked for in a generation that is closed."""
         place = self._places.get(("answers", *key))
+        if place is None and self.closed(key[0]):
+            return []
         if place is None:
             requests = ask()
             began = time.monotonic()
             answers = self.generator.generate(requests) if requests else []
             generation, round_, what = key
-            place_record = {
+            record = {
                 "kind": "answers",
                 "generation": generation,
                 "round": round_,
@@ -133,7 +143,7 @@ class Ledger:
                 "answers": [[asdict(answer) for answer in texts] for texts in answers],
                 "seconds": time.monotonic() - began,
             }
-            record = self._append(place_record)
+            record = self._append(record)
         else:
             record = self._use(place)
         return [[Answer(**answer) for answer in texts] for texts in record["answers"]]
@@ -168,8 +178,17 @@ class Ledger:
         place = self._places.get(("evaluation", key, FULL))
         return 0.0 if place is None else self._journal.records[place]["evaluation"]["seconds"]
 
-    def holds_answers(self, generation: int) -> bool:
-        return ("answers", generation, 0, "round") in self._places
+    def began_generation(self, generation: int) -> bool:
+        """Whether the journal has answers of this generation: a budget that allowed them then allows them now."""
+        return any(name[:2] == ("answers", generation) for name in self._places)
+
+    def closed(self, generation: int) -> bool:
+        """Whether the journal has answers of a later generation: this one ended then as it ended, whatever the budget
+        is by now."""
+        return any(name[0] == "answers" and name[1] > generation for name in self._places)
+
+    def holds(self, algorithm: Algorithm, split: str) -> bool:
+        return ("evaluation", algorithm.key, split) in self._places
 
     def left(self, budget: str) -> float:
         """Of the budget of this name; infinite where it has no bound."""

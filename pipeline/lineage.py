@@ -27,7 +27,8 @@ class Candidate:
     salvaged: what had to be mended before it could be read (see `algorithms.answers`).
     mask: packed masks on the probe layers, hexadecimal. repeats: id of the candidate that has the same masks.
     niche: id of the candidate that founded its niche (see `niches`). rungs: what the cheap fidelities measured, by
-    name; rival: id of the candidate that they were held against. fresh: measurement on text that no generation saw.
+    name; rival: id of the candidate that they were held against. lost: a measurement failed by the actors' fault, so
+    the masks may be tried again. fresh: measurement on text that no generation saw.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Candidate:
     niche: str = ""
     rungs: dict[str, float] = field(default_factory=dict)
     rival: str | None = None
+    lost: bool = False
     evaluation: Evaluation | None = None
     fresh: Evaluation | None = None
 
@@ -111,6 +113,8 @@ class Lineage:
         self.graph = nx.DiGraph()
 
     def add(self, candidate: Candidate) -> None:
+        if candidate.id in self.graph:
+            raise ValueError(f"there is a candidate {candidate.id} already")
         self.graph.add_node(candidate.id, candidate=candidate)
         for parent in candidate.parents:
             self.graph.add_edge(parent, candidate.id, **self._edge(self[parent], candidate))

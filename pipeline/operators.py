@@ -10,8 +10,9 @@ from autoprune.pipeline.lineage import Candidate, Lineage
 
 # What each operator is taken to have gained and cost before it was tried: one small success.
 PRIOR_GAIN, PRIOR_COST = 0.02, 1_000.0
-# What a measurement on the cheap fidelity, of which `tune` takes many and asks no model, counts in tokens.
-TRIAL_TOKENS = 50
+# What a measurement on the cheap fidelity, of which `tune` takes many and asks no model, counts in tokens; and what any
+# candidate counts at least, also of a generator that reads and writes no tokens.
+TRIAL_TOKENS, LEAST_TOKENS = 50, 100
 # Share of the choice that goes by the configured frequencies, whatever was learned; more by each generation without a
 # new best, up to the most.
 FREE, FREE_STEP, FREE_MOST = 0.2, 0.2, 0.8
@@ -19,14 +20,14 @@ FREE, FREE_STEP, FREE_MOST = 0.2, 0.2, 0.8
 
 def cost(candidate: Candidate) -> float:
     """Tokens that an answer took, and what its trials count as."""
-    return candidate.tokens + TRIAL_TOKENS * candidate.trials
+    return max(LEAST_TOKENS, candidate.tokens + TRIAL_TOKENS * candidate.trials)
 
 
 def gain(candidate: Candidate, lineage: Lineage) -> float:
-    """Nats by which a candidate is better than its first parent; 0 where it is not, or was not measured."""
+    """Nats by which a candidate is better than the best of its parents; 0 where it is not, or was not measured."""
     if candidate.status != "evaluated" or not candidate.parents:
         return 0.0
-    return max(0.0, -lineage.edge(candidate.parents[0], candidate.id).get("effect", 0.0))
+    return max(0.0, min(lineage[parent].fitness for parent in candidate.parents) - candidate.fitness)
 
 
 def stagnation(lineage: Lineage, generation: int) -> int:

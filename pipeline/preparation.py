@@ -43,10 +43,9 @@ class Prepared:
     hashes: dict[str, str]
 
 
-def prepare(config: Config, model: str = "") -> Prepared:
-    """Look at everything that a search is given. model: another than the target's. Raises InputError, one line, for
-    what cannot be used."""
-    model = model or config.target.model
+def prepare(config: Config, model: str) -> Prepared:
+    """Look at everything that a search is given. model: the target's, or a further one. Raises InputError, one line,
+    for what cannot be used."""
     for text in config.search.seeds:
         seed(text)
     splits = [(name, getattr(config.data, name)) for name in SPLITS]
@@ -82,6 +81,15 @@ def _windows(config: Config, texts: dict, tokenizer) -> dict[str, torch.Tensor]:
         )
     probe = windows["calibration"][:1, :PROBE_TOKENS]
     return windows | {"fitness": windows["fitness"][:fitness], FRESH: fresh, PROBE: probe}
+
+
+def prepare_all(config: Config) -> dict[str, Prepared]:
+    """`prepare` of every model, the target's first. Raises InputError also where two cases are the same."""
+    cases = [(case.model, case.sparsity) for case in (config.target, *config.target.further)]
+    for index, case in enumerate(cases):
+        if case in cases[:index]:
+            raise InputError(f"target.further[{index - 1}] is {case[0]} at {case[1]:g}, which stands there before")
+    return {model: prepare(config, model) for model in dict.fromkeys(model for model, _ in cases)}
 
 
 def settled(config: Config) -> Config:
@@ -124,5 +132,4 @@ def pool_plan(config: Config, prepared: Prepared, resources: ActorResources) -> 
         deadline=evaluators.deadline,
         attempts=evaluators.attempts,
         resources=resources,
-        unreferenced=frozenset({"calibration", FRESH}),
     )

@@ -73,6 +73,15 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
     return float(ranks[0].corr(ranks[1]))
 
 
+def reading(rung: str, evaluation: Evaluation) -> float | None:
+    """What a fidelity reads off a measurement, lower is better: of "probe" the relative error of the hidden states that
+    leave the last block, of "cheap" nats per token; None where there is none."""
+    if evaluation.error is not None:
+        return None
+    value = evaluation.nll if rung == "cheap" else evaluation.block_errors[-1]
+    return value if math.isfinite(value) else None
+
+
 class Screen:
     """The fidelities of one search. `learn` of what was committed before asking `passed`.
 
@@ -95,39 +104,35 @@ class Screen:
             if seeds and "cheap" in self._plan.fidelities:
                 self.windows = choose_windows(seeds, self._plan.cheap_windows)
 
-    def values(self, rung: str, algorithms: Sequence[Algorithm]) -> list[float | None]:
-        """What a fidelity measures of algorithms, lower is better; None where that fails.
-
-        "probe": relative error of the hidden states that leave the last block; "cheap": nats per token.
-        """
+    def measure(self, rung: str, algorithms: Sequence[Algorithm]) -> list[Evaluation]:
+        """On a fidelity's text: "probe", or "cheap", some windows of the fitness split."""
         split = PROBE if rung == "probe" else f"{FULL}[{','.join(map(str, self.windows))}]"
-        evaluations = self._measure(algorithms, split)
-        if rung == "cheap":
-            return [e.nll for e in evaluations]
-        return [e.block_errors[-1] if e.error is None and e.block_errors else None for e in evaluations]
+        return self._measure(algorithms, split)
 
     def passed(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Those that no fidelity stops, the most promising first. The others become "screened", or "failed"."""
+        """Those that no fidelity stops, the most promising first. The others become "screened", or "failed" with the
+        reason where they could not be measured."""
         left = list(candidates)
         rivals = {c.id: self._rival(c) for c in left}
+        error = noise(self.differences())
         for rung in self._plan.fidelities:
             if not left:
                 break
-            for candidate, value in zip(left, self.values(rung, [c.algorithm for c in left]), strict=True):
-                if value is None or not math.isfinite(value):
-                    candidate.status, candidate.error = "screened", f"the {rung} fidelity gives no finite number"
-                    continue
-                candidate.rungs[rung] = value
-            left = [c for c in left if c.status == "proposed"]
-            for candidate in left:
-                rival = rivals[candidate.id]
-                candidate.rival = rival.id
-                if self._stops(rung, candidate, rival):
+            for candidate, evaluation in zip(left, self.measure(rung, [c.algorithm for c in left]), strict=True):
+                value = reading(rung, evaluation)
+                if value is None:
+                    candidate.status, candidate.lost = "failed", evaluation.lost
+                    candidate.error = evaluation.error or f"its {rung} error is not finite"
+                else:
+                    candidate.rungs[rung] = value
+            for candidate in (c for c in left if c.status == "proposed"):
+                candidate.rival = rivals[candidate.id].id
+                if self._stops(rung, candidate, rivals[candidate.id], error):
                     candidate.status = "screened"
             left = [c for c in left if c.status == "proposed"]
         if self._plan.fidelities:
-            best_rung = self._plan.fidelities[-1]
-            left.sort(key=lambda c: c.rungs[best_rung])
+            last = self._plan.fidelities[-1]
+            left.sort(key=lambda c: c.rungs[last])
         return left
 
     def _rival(self, candidate: Candidate) -> Candidate:
@@ -139,13 +144,13 @@ class Screen:
         holder = incumbents(self._lineage).get(niche(candidate, self._lineage, plan.niche_radius))
         return holder if holder and within_reach(holder, self._lineage) else self._lineage.evaluated()[0]
 
-    def _stops(self, rung: str, candidate: Candidate, rival: Candidate) -> bool:
+    def _stops(self, rung: str, candidate: Candidate, rival: Candidate, error: float) -> bool:
         value = candidate.rungs[rung]
         if rung == "cheap":
             place = niche(candidate, self._lineage, self._plan.niche_radius)
             slack = 0.0 if place == rival.niche or not self._plan.diversity else NEW_SLACK
-            return value - subset_nll(rival.evaluation, self.windows) > noise(self.differences()) + slack
-        (own,) = self.values(rung, [rival.algorithm])
+            return value - subset_nll(rival.evaluation, self.windows) > error + slack
+        own = reading(rung, *self.measure(rung, [rival.algorithm]))
         return own is not None and value > own * (1 + PROBE_MARGIN)
 
     def effect(self, parent: Candidate, child: Candidate) -> float | None:
@@ -156,19 +161,21 @@ class Screen:
         return child.rungs["cheap"] - subset_nll(parent.evaluation, self.windows) if "cheap" in child.rungs else None
 
     def differences(self) -> list[tuple[float, float]]:
-        """Cheap and full difference (nats) to its rival, of every candidate that has both."""
+        """Cheap and full difference (nats) to its rival, of every candidate that has both. Those that were tuned on the
+        cheap windows say nothing of the others."""
         return [
             (
                 c.rungs["cheap"] - subset_nll(self._lineage[c.rival].evaluation, self.windows),
                 c.fitness - self._lineage[c.rival].fitness,
             )
             for c in self._lineage.evaluated()
-            if "cheap" in c.rungs
+            if "cheap" in c.rungs and c.operator != "tune"
         ]
 
     def correlations(self) -> dict[str, float]:
-        """Rank correlation of each fidelity with the full measurement, over the candidates that have both."""
-        measured = self._lineage.evaluated()
+        """Rank correlation of each fidelity with the full measurement, over the candidates that have both; of those
+        that were tuned see `differences`."""
+        measured = [c for c in self._lineage.evaluated() if c.operator != "tune"]
         found = {}
         for rung in self._plan.fidelities:
             pairs = [(c.rungs[rung], c.fitness) for c in measured if rung in c.rungs]

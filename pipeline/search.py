@@ -34,7 +34,7 @@ from autoprune.pipeline.lineage import STATUSES, Candidate, Lineage
 from autoprune.pipeline.niches import elites
 from autoprune.pipeline.operators import choose, weights
 from autoprune.pipeline.population import choose_parents, seed
-from autoprune.pipeline.screening import Screen
+from autoprune.pipeline.screening import Screen, reading, subset_nll
 
 CHECKPOINT = "checkpoint"  # in the run folder
 LINES = 3  # that may stand above an answer's return
@@ -100,11 +100,8 @@ class Search:
         self.restore()
         if self._done < 0:
             self._commit(0, [seed(text) for text in self.config.search.seeds])
-            if not self.lineage.evaluated():
-                errors = "; ".join(f"{c.id}: {c.error}" for c in self.lineage)
-                raise InputError(f"none of the seeds could be measured ({errors})")
         for generation in range(max(1, self._done + 1), self.config.search.generations + 1):
-            budget = None if self.ledger.holds_answers(generation) else self.ledger.exhausted()
+            budget = None if self.ledger.began_generation(generation) else self.ledger.exhausted()
             if budget:
                 self.progress.say(f"the search ends before generation {generation}: {budget} is used up")
                 break
@@ -114,6 +111,8 @@ class Search:
     def _confirm(self) -> None:
         """Measure the elites on text that no generation saw: the best of many is partly the luckiest."""
         best = self._elites()
+        for candidate in self.lineage:  # of an earlier end, before the budget was raised
+            candidate.fresh = None
         for candidate, evaluation in zip(best, self.measure([c.algorithm for c in best], "fresh"), strict=True):
             candidate.fresh = evaluation if evaluation.error is None else None
         self._save(self._done)
@@ -139,11 +138,10 @@ class Search:
             self._probe(written, candidates)
             candidates += written
             broken = [(slot, candidate) for slot, candidate in read if candidate.status == "invalid"][:repairs]
-            if broken:
-                repairs -= len(broken)
-                candidates += self._repaired(generation, round_, broken, candidates)
+            repairs -= len(broken)
+            candidates += self._repaired(generation, round_, broken, candidates)
             fresh = sum(c.status == "proposed" for c in candidates)
-            if fresh >= plan.candidates or self.ledger.left("calls") < 1:
+            if fresh >= plan.candidates or (self.ledger.exhausted() and not self.ledger.closed(generation)):
                 break
         self.progress.say(f"generation {generation}: {len(candidates)} answers, {fresh} new algorithms")
         return candidates
@@ -153,16 +151,27 @@ class Search:
         generation at most."""
         plan = self.config.search
         rng = random.Random(f"{self.config.seed}/{generation}/{round_}")
-        frequencies = weights(plan.operators, self.lineage, generation) if plan.adapt else dict(plan.operators)
-        if round_ > 0 or plan.prompt == "fixed":
-            frequencies.pop("tune", None)
+        operators = dict(plan.operators)
+        if plan.prompt == "topk":  # one way to ask
+            tune = operators.pop("tune", 0.0)
+            operators = {"improve": sum(operators.values()), "tune": tune}
+        untuned = [c for c in self._elites() if self._tunable(c)]
+        if round_ > 0 or plan.prompt == "fixed" or not untuned:
+            operators.pop("tune", None)
+        frequencies = weights(operators, self.lineage, generation) if plan.adapt else operators
+        asker = "improve" if plan.prompt == "topk" else "mutate"
         slots: list[Slot] = []
         for operator in choose(rng, frequencies, plan.prompts):
-            parents = choose_parents(rng, operator, self._elites())
             if operator == "tune" and any(slot.operator == "tune" for slot in slots):
-                operator = "mutate"
+                operator = asker
+            parents = choose_parents(rng, operator, untuned if operator == "tune" else self._elites())
             slots.append(self._slot(operator, parents, generation + round_ + len(slots)))
         return slots
+
+    def _tunable(self, candidate: Candidate) -> bool:
+        """Whether it has constants to fill that were not filled before."""
+        tuned = any(child.operator == "tune" for child in self.lineage.children(candidate.id))
+        return not tuned and candidate.operator != "tune" and bool(constants(candidate.algorithm, self._parts))
 
     def _slot(self, operator: str, parents: tuple[str, ...], turn: int) -> Slot:
         """turn: by which mutations of the score and of the allocation come in turn, so that it is known which made the
@@ -173,6 +182,9 @@ class Search:
         if plan.prompt == "fixed":
             seeds = [c for c in self.lineage.evaluated() if c.operator == "seed"]
             return Slot("sample", (seeds[0].id,), plain_prompt(seeds, "fixed", self._setting), parts)
+        if plan.prompt == "topk":
+            best = self._elites()
+            return Slot("improve", (best[0].id,), plain_prompt(best, "topk", self._setting), parts)
         if operator == "crossover" and len(parents) < 2:
             operator = "mutate"  # there is nobody else yet
         if operator == "simplify" and "score" not in parts:
@@ -184,9 +196,6 @@ class Search:
             task = f"mutate_{asked[0]}"
         elif operator == "simplify":
             asked, lines = ("score",), SIMPLE_LINES
-        if plan.prompt == "topk":
-            best = self._elites()
-            return Slot("improve", (best[0].id,), plain_prompt(best, "topk", self._setting), parts)
         told = lessons(self.lineage, self.screen.effect)
         return Slot(operator, parents, build_prompt(self.lineage, task, parents, self._setting, told), asked, lines)
 
@@ -202,11 +211,13 @@ class Search:
     @property
     def _setting(self) -> Setting:
         writer, plan, target = self.config.generator, self.config.search, self.config.target
+        room = writer.max_model_len - writer.max_tokens if writer.kind == "vllm" else 10**9
         return Setting(
             dense=self.evaluator.dense[FULL].nll,
             sparsity=target.sparsity,
             count=self.generator.count,
-            limit=min(writer.prompt_tokens, writer.max_model_len - writer.max_tokens),
+            limit=min(writer.prompt_tokens, room),
+            repair=min(writer.max_tokens, room - min(writer.prompt_tokens, room)),
             parts=self._parts,
             statistics=plan.statistics,
             diverse=plan.diversity,
@@ -248,8 +259,20 @@ class Search:
                 if count
             ]
 
+        for slot in slots:
+            if self.config.generator.kind == "vllm":
+                self._check_room(slot)
         answers = self.ledger.answers((generation, round_, what), requests)
         return answers + [[]] * (len(slots) - len(answers))
+
+    def _check_room(self, slot: Slot) -> None:
+        writer = self.config.generator
+        tokens, room = self.generator.count(slot.messages), writer.max_model_len - writer.max_tokens
+        if tokens > room:
+            raise InputError(
+                f"the shortest prompt has {tokens} tokens, and generator.max_model_len − max_tokens leaves {room}: "
+                "raise max_model_len, or lower max_tokens or the number of search.statistics"
+            )
 
     def _read_all(
         self, generation: int, slots: list[Slot], answers: list[list[Answer]], first: int
@@ -283,14 +306,17 @@ class Search:
     ) -> list[Candidate]:
         """Invalid answers, each asked for once more with its error: what comes is a child of the same parents, and of
         the broken one."""
-        slots = [
-            replace(slot, operator="repair", messages=repair_prompt(slot.messages, candidate.answer, candidate.error))
-            for slot, candidate in broken
-        ]
+        slots, origins = [], {}
+        for slot, candidate in broken:
+            messages = repair_prompt(slot.messages, candidate.answer, candidate.error, self._setting)
+            if messages is not None:
+                slots.append(replace(slot, operator="repair", messages=messages))
+                origins[id(slots[-1])] = candidate.id
+        if not slots:
+            return []
         counts = [int(index < self.ledger.left("calls")) for index in range(len(slots))]
         answers = self._ask(generation, round_, "repair", slots, counts)
         read = self._read_all(generation, slots, answers, len(earlier))
-        origins = {id(slot): candidate.id for slot, (_, candidate) in zip(slots, broken, strict=True)}
         for slot, candidate in read:
             candidate.parents = (*slot.parents, origins[id(slot)])
         written = [candidate for _, candidate in read]
@@ -301,16 +327,15 @@ class Search:
         """The first parent with its constants filled by a search on the cheap fidelity. Nobody is asked."""
         parent = self.lineage[slot.parents[0]]
         candidate = Candidate(f"g{generation:02d}-c{index:02d}", generation, "tune", slot.parents)
-        trials: list[Algorithm] = []
+        trials: set[str] = set()
 
         def measure(algorithms: list[Algorithm]) -> list[float]:
-            trials.extend(algorithms)
-            return [value if value is not None else math.inf for value in self.screen.values("cheap", algorithms)]
+            trials.update(algorithm.key for algorithm in algorithms)
+            readings = [reading("cheap", evaluation) for evaluation in self.screen.measure("cheap", algorithms)]
+            return [math.inf if value is None else value for value in readings]
 
-        candidate.algorithm = parent.algorithm
-        if constants(parent.algorithm):
-            (start,) = self.screen.values("cheap", [parent.algorithm])
-            candidate.algorithm, _ = fill(parent.algorithm, measure, start, self.config.search.tuning)
+        start = subset_nll(parent.evaluation, self.screen.windows)
+        candidate.algorithm, _ = fill(parent.algorithm, measure, start, self.config.search.tuning, self._parts)
         candidate.trials = len(trials)
         candidate.hypothesis = f"other constants, the best of {len(trials)} that were tried, on a part of the text"
         return candidate
@@ -320,7 +345,8 @@ class Search:
         readable = [c for c in written if c.status == "proposed"]
         probes = self.evaluator.probe([c.algorithm for c in readable])
         others = reversed([*self.lineage, *earlier])
-        known = {c.mask_hash: c.id for c in others if c.status in ("evaluated", "failed", "screened", "proposed")}
+        settled = [c for c in others if c.status in ("evaluated", "failed", "screened", "proposed") and not c.lost]
+        known = {c.mask_hash: c.id for c in settled}
         for candidate, probe in zip(readable, probes, strict=True):
             if probe.error is not None:
                 candidate.status, candidate.error = "invalid", probe.error
@@ -339,16 +365,15 @@ class Search:
             self._probe(candidates, [])
             chosen = [c for c in candidates if c.status == "proposed"]
         else:
-            chosen = self.screen.passed([c for c in candidates if c.status == "proposed"])
-            room = int(min(self.config.search.candidates, self.ledger.left("evaluations")))
-            for candidate in chosen[room:]:
-                candidate.status = "surplus"
-            chosen = chosen[:room]
+            chosen = self._within_budget(generation, [c for c in candidates if c.status == "proposed"])
         evaluations = self.measure([c.algorithm for c in chosen], FULL)
         for candidate, evaluation in zip(chosen, evaluations, strict=True):
             candidate.status = "evaluated" if evaluation.error is None else "failed"
             candidate.evaluation = evaluation if evaluation.error is None else None
-            candidate.error = evaluation.error
+            candidate.error, candidate.lost = evaluation.error, evaluation.lost
+        if generation == 0 and not any(c.status == "evaluated" for c in candidates):
+            errors = "; ".join(f"{c.id}: {c.error}" for c in candidates)
+            raise InputError(f"none of the seeds could be measured ({errors})")
         for candidate in candidates:
             self.lineage.add(candidate)
         self.screen.learn(candidates)
@@ -361,6 +386,18 @@ class Search:
         self._save(generation)
         self.progress.say(f"  {self.ledger.line()}")
 
+    def _within_budget(self, generation: int, candidates: list[Candidate]) -> list[Candidate]:
+        """Those that pass the fidelities, as many as a generation and the budget allow; the rest is surplus."""
+        passed = self.screen.passed(candidates)
+        room = int(min(self.config.search.candidates, self.ledger.left("evaluations")))
+        chosen = passed[:room]
+        if self.ledger.closed(generation):  # what was within the budget then
+            chosen = [c for c in passed[: self.config.search.candidates] if self.ledger.holds(c.algorithm, FULL)]
+        for candidate in passed:
+            if candidate not in chosen:
+                candidate.status = "surplus"
+        return chosen
+
     def _edges(self, candidate: Candidate) -> list[dict]:
         return [{"parent": parent, **self.lineage.edge(parent, candidate.id)} for parent in candidate.parents]
 
@@ -369,6 +406,7 @@ class Search:
         if candidate.status == "failed":
             return f"  {candidate.id}: {candidate.error}"
         line = f"  {candidate.id}: fitness {candidate.fitness:.4f}, perplexity {perplexity(candidate.fitness):.2f}"
+        line += " × dense" if self.config.target.further else ""
         if edges and "effect" in edges[0]:
             edge = edges[0]
             line += f" ({candidate.operator} of {edge['parent']}: {edge['effect']:+.4f}, {edge['verdict']})"
@@ -419,5 +457,7 @@ class Search:
 
 
 def plan_repairs(config: Config) -> int:
-    """How many answers of a generation may be repaired; a fixed prompt learns nothing, from errors neither."""
-    return 0 if config.search.prompt == "fixed" else config.search.repairs
+    """How many answers of a generation may be repaired; a fixed prompt learns nothing, from errors neither, nor does
+    who does not read."""
+    reads = config.generator.kind not in ("grammar", "genetic")
+    return config.search.repairs if reads and config.search.prompt != "fixed" else 0

@@ -34,50 +34,47 @@ class Case:
     name: str
 
     def excess(self, evaluation: Evaluation, split: str) -> Evaluation:
-        """The measurement in nats above the dense model's on the same text (on fresh text: on the fitness split)."""
-        dense = self.pool.dense[split if split in self.pool.dense else FULL]
-        windows = dense.window_nlls
-        _, bracket, rest = split.partition("[")
+        """The measurement in nats above the dense model's, window by window; on the probe, as it is."""
+        base, bracket, rest = split.partition("[")
+        if base not in self.pool.dense or not evaluation.window_nlls:
+            return evaluation
+        dense = self.pool.dense[base].window_nlls
         if bracket:
-            windows = [windows[int(place)] for place in rest.rstrip("]").split(",")]
-        level = sum(windows) / len(windows)
-        return replace(
-            evaluation,
-            nll=evaluation.nll - level,
-            window_nlls=tuple(nll - level for nll in evaluation.window_nlls),
-        )
+            dense = [dense[int(place)] for place in rest.rstrip("]").split(",")]
+        above = tuple(own - other for own, other in zip(evaluation.window_nlls, dense, strict=True))
+        return replace(evaluation, nll=sum(above) / len(above), window_nlls=above)
 
 
 def combine(evaluations: Sequence[Evaluation], worst: bool) -> Evaluation:
-    """One measurement of several cases', each in nats above its dense model: of the worst case, or their mean, window
-    by window. What is said of blocks is the first case's, but for the last block's error, which is combined, too."""
+    """One measurement of several cases', each in nats above its dense model: in every window the worst case, or the
+    cases' mean. So windows can be compared one by one, and any of them stand for all as they do with one case.
+
+    Where texts have different numbers of windows, as they do with different tokenizers, those that all have count. What
+    is said of blocks is the first case's, but for the last block's error, which is combined, too.
+    """
     broken = next((e for e in evaluations if e.error is not None), None)
     seconds = sum(e.seconds for e in evaluations)
     if broken is not None:
         return replace(broken, seconds=seconds)
-    first, count = evaluations[0], len(evaluations)
+
+    def join(values: Sequence[float]) -> float:
+        return max(values) if worst else sum(values) / len(values)
+
+    windows = tuple(map(join, zip(*(e.window_nlls for e in evaluations), strict=False)))
     errors = [e.block_errors[-1] for e in evaluations if e.block_errors]
-    if worst:
-        chosen = max(evaluations, key=lambda e: e.nll)
-        nll, windows = chosen.nll, chosen.window_nlls
-    else:
-        nll = sum(e.nll for e in evaluations) / count
-        windows = tuple(sum(own) / count for own in zip(*(e.window_nlls for e in evaluations), strict=True))
-    last = (max(errors) if worst else sum(errors) / len(errors),) if errors else ()
-    tokens = sum(e.tokens for e in evaluations)
     return replace(
-        first,
-        nll=nll,
-        tokens=tokens,
+        evaluations[0],
+        nll=sum(windows) / len(windows),
+        tokens=sum(e.tokens for e in evaluations),
         window_nlls=windows,
-        block_errors=first.block_errors[:-1] + last,
+        block_errors=evaluations[0].block_errors[:-1] + ((join(errors),) if errors else ()),
         seconds=seconds,
     )
 
 
 class Cases:
-    """The Evaluator of a search over several cases. Fitness is nats above the dense model, in the worst case or on the
-    mean. A split with a number behind it, such as "report@1", is that case's alone, in nats as such."""
+    """The Evaluator of a search over several cases. Fitness is nats above the dense model (see `combine`). A split with
+    a number behind it, such as "report@1", is that case's alone, in nats as such."""
 
     def __init__(self, cases: Sequence[Case], worst: bool) -> None:
         self.cases, self._worst = list(cases), worst

@@ -86,11 +86,12 @@ def result(search: Search, seconds: float) -> dict:
     winner = lineage.best()
     judged = [c for c in lineage.evaluated() if c.rival]
     differences = {c.id: paired_difference(c.evaluation, lineage[c.rival].evaluation) for c in judged}
-    # Worse than its rival by more than it may be, beyond the noise of the whole measurement: the cheap one let it pass.
+    # Worse than its rival beyond the noise of the whole measurement; and by more than what a new kind is granted.
     slack = {c.id: 0.0 if c.niche == lineage[c.rival].niche else NEW_SLACK for c in judged}
-    wasted = [c for c in judged if differences[c.id][0] > slack[c.id] + 2 * differences[c.id][1]]
+    worse = [c for c in judged if differences[c.id][0] > 2 * differences[c.id][1]]
+    wasted = [c for c in worse if differences[c.id][0] > slack[c.id] + 2 * differences[c.id][1]]
     rungs = {
-        name: [(c.rungs[name], c.fitness) for c in judged if name in c.rungs]
+        name: [(c.rungs[name], c.fitness) for c in judged if name in c.rungs and c.operator != "tune"]
         for name in search.config.search.fidelities
     }
     return {
@@ -101,6 +102,7 @@ def result(search: Search, seconds: float) -> dict:
         "different_masks": len({c.mask_hash for c in valid}) / max(1, len(valid)),
         "evaluations": spent.evaluations,
         "cheap_evaluations": spent.cheap,
+        "worse_than_rival": len(worse) / max(1, len(judged)),
         "wasted": len(wasted) / max(1, len(judged)),
         "rank_correlation": {name: rank_correlation(pairs) for name, pairs in rungs.items()},
         "best_by_evaluations": by_evaluations,
@@ -108,7 +110,7 @@ def result(search: Search, seconds: float) -> dict:
         "best": winner.id,
         "operator": winner.operator,
         "fitness_nll": winner.fitness,
-        "fresh_nll": winner.fresh.nll,
+        "fresh_nll": winner.fresh and winner.fresh.nll,
         "report_nll": report.nll,
         "prompt_tokens": spent.prompt_tokens,
         "completion_tokens": spent.completion_tokens,
@@ -123,7 +125,7 @@ def run(runs: Path, jobs: list[tuple[str, int]], overrides: list[str]) -> None:
     progress = ConsoleProgress()
     configs = {job: configuration(runs, *job, overrides) for job in jobs}
     first = next(iter(configs.values()))
-    prepared = prepare(first)
+    prepared = prepare(first, first.target.model)
     with cluster(), signals():
         evaluators = first.evaluators
         own, shared = plan_resources(evaluators.shards, evaluators.replicas, evaluators.threads)
@@ -182,6 +184,7 @@ def table(found: dict[str, list[dict]]) -> str:
         "different masks": lambda r: (100 * r["different_masks"], "{:.0f}%"),
         "evaluations": lambda r: (r["evaluations"], "{:.0f}"),
         "cheap": lambda r: (r["cheap_evaluations"], "{:.0f}"),
+        "worse than rival": lambda r: (100 * r["worse_than_rival"], "{:.0f}%"),
         "wasted": lambda r: (100 * r["wasted"], "{:.0f}%"),
         "tokens": lambda r: ((r["prompt_tokens"] + r["completion_tokens"]) / 1000, "{:.0f}k"),
         "generating": lambda r: (r["seconds"]["generating"] / 60, "{:.1f} min"),

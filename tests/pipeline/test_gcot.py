@@ -299,9 +299,13 @@ def test_a_plain_prompt_lists_the_best_and_no_reasons(lineage):
 
 def test_a_repair_shows_the_answer_and_the_error(lineage):
     asked = prompt(lineage, "explore", ("focal",))
-    *before, (role, answer), (_, wish) = repair_prompt(asked, "def score(W):\n    return w", "'w' is not defined")
+    texts = "def score(W):\n    return w", "'w' is not defined"
+    setting = Setting(2.5, 0.6, characters, characters(asked) + 200)
+    *before, (role, answer), (_, wish) = repair_prompt(asked, *texts, setting)
     assert tuple(before) == asked and role == "assistant" and answer.endswith("return w")
     assert "'w' is not defined" in wish
+    assert repair_prompt(asked, *texts, Setting(2.5, 0.6, characters, characters(asked))) is None
+    assert repair_prompt(asked, *texts, Setting(2.5, 0.6, characters, characters(asked), repair=200)) is not None
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_what_the_search_has_not_come_to_is_not_spent(make):
     assert again.spent.answers == 2 and again.spent.evaluations == 0 and again.left("evaluations") == 2
     again.measure([TWO], "fitness")
     assert again.left("evaluations") == 1 and again.spent.total == 12.0
-    assert again.holds_answers(1) and not again.holds_answers(2)
+    assert again.began_generation(1) and not again.began_generation(2)
 
 
 @pytest.mark.parametrize(
@@ -89,3 +89,26 @@ def test_what_the_actors_lost_may_be_measured_again(make):
     make.worker.lost = False
     (found,) = make().measure([ONE], "fitness")
     assert found.nll == 1.0 and len(make.worker.measured) == 2
+
+
+def test_a_generation_that_was_followed_by_another_asks_nothing_more(make):
+    ledger = make()
+    ledger.answers((1, 0, "round"), lambda: [REQUEST])
+    ledger.answers((2, 0, "round"), lambda: [REQUEST])
+    again = make()
+    assert again.closed(1) and not again.closed(2)
+    assert again.answers((1, 1, "round"), lambda: [REQUEST]) == [] and make.worker.asked == 2
+    assert again.answers((2, 1, "round"), lambda: [REQUEST]) and make.worker.asked == 3
+
+
+def test_records_between_those_that_were_used_are_not_spent(make):
+    ledger = make()
+    for algorithm in (ONE, TWO):
+        ledger.measure([algorithm], "fitness")
+    again = make()
+    again.measure([TWO], "fitness")
+    third = make()
+    third.restore(again.used, 0.0)
+    assert third.spent.evaluations == 1
+    assert third.measure([TWO], "fitness") and third.spent.evaluations == 1
+    assert third.measure([ONE], "fitness") and third.spent.evaluations == 2

@@ -154,10 +154,13 @@ def test_a_broken_algorithm_never_reaches_the_second_fidelity(lineage):
 
 
 def test_what_cannot_be_measured_is_stopped_with_a_reason(lineage):
-    screen = Screen(SearchPlan(), lineage, lambda a, split: [Evaluation(None, 0, error="no")] * len(a))
-    screen.learn(list(lineage))
-    new = candidate("new", "std", 0, "0000", status="proposed")
-    assert screen.passed([new]) == [] and new.status == "screened" and "no finite number" in new.error
+    for lost in (False, True):
+        broken = Evaluation(None, 0, error="out of memory", lost=lost)
+        screen = Screen(SearchPlan(), lineage, lambda a, split, broken=broken: [broken] * len(a))
+        screen.learn(list(lineage))
+        new = candidate("new", "std", 0, "0000", status="proposed")
+        assert screen.passed([new]) == [] and new.status == "failed"
+        assert new.error == "out of memory" and new.lost == lost
 
 
 def test_the_most_promising_goes_first(lineage):

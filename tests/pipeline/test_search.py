@@ -420,3 +420,102 @@ def test_elites_are_believed_after_fresh_text(tmp_path, fresh):
     best = search.lineage.best()
     assert best in again and best.believed == min(c.believed for c in again)
     assert best.believed == pytest.approx((best.fitness * 60 + best.fresh.nll * 60) / 120)
+
+
+@pytest.mark.parametrize("budget", ["calls", "evaluations"])
+def test_a_raised_budget_and_a_lost_checkpoint_change_nothing_that_was_done(tmp_path, fresh, budget):
+    """What a smaller budget ended stays ended when the journal is replayed from its beginning."""
+    import shutil
+
+    from autoprune.pipeline.config import Budgets
+
+    config = with_plan(
+        small_config(tmp_path), operators=GENETIC, answers=5, prompts=2, rounds=2, candidates=3, generations=5
+    )
+    config = replace(config, generator=replace(config.generator, kind="genetic"))
+    bounds = {"calls": (7, 30), "evaluations": (5, 12)}[budget]
+    for bound in bounds:
+        search = run(tmp_path, fresh, replace(config, budgets=Budgets(**{budget: bound})))
+        search.measure([search.lineage.best().algorithm], "report")  # as the end of a run does
+    whole, spent = without_clock(search.lineage), search.spent
+    journaled = sum(split == "fitness" for _, split in set(fresh.measured))
+    assert spent.evaluations == journaled <= (bounds[1] if budget == "evaluations" else 100)
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    count = len(fresh.measured)
+    again = run(tmp_path, fresh, replace(config, budgets=Budgets(**{budget: bounds[1]})))
+    assert len(fresh.measured) == count, "nothing is measured again"
+    assert without_clock(again.lineage) == whole
+    assert (again.spent.answers, again.spent.evaluations) == (spent.answers, spent.evaluations)
+
+
+def test_what_the_actors_lost_is_no_verdict(tmp_path, fresh, monkeypatch):
+    """Seeds that were lost are measured when the search is resumed; a lost cheap measurement says nothing of masks."""
+    from autoprune.actors.messages import Evaluation
+
+    lost = Evaluation(None, 0, error="an actor died", lost=True)
+    config = with_plan(small_config(tmp_path), operators={"mutate": 1.0, "tune": 1.0})
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalEvaluator, "evaluate", lambda self, jobs, split: ((i, lost) for i in range(len(jobs))))
+        with pytest.raises(InputError, match="none of the seeds could be measured .*an actor died"):
+            run(tmp_path, fresh, config)
+    real = LocalEvaluator.evaluate
+
+    def flaky(self, jobs, split="fitness"):
+        for index, evaluation in real(self, jobs, split):
+            yield index, lost if split.startswith("fitness[") else evaluation
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalEvaluator, "evaluate", flaky)
+        search = run(tmp_path, fresh, config)
+    stopped = [c for c in search.lineage if c.lost]
+    assert stopped and all(c.status == "failed" and c.error == "an actor died" for c in stopped)
+    assert any(c.operator == "tune" for c in search.lineage)
+    hashes = [c.mask_hash for c in stopped]
+    assert not any(c.repeats in {s.id for s in stopped} for c in search.lineage), "its masks may be tried again"
+    assert hashes
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"seeds": ("wanda", "wanda")}, "search.seeds names wanda twice"),
+        (
+            {"fidelities": ("cheap", "probe")},
+            "search.fidelities are cheap, probe: expected each once, probe before cheap",
+        ),
+        ({"cheap_windows": 8}, "search.cheap_windows is 8: expected less than data.fitness_windows"),
+        ({"operators": {"tune": 1.0}}, "at least one beside tune"),
+        (
+            {"operators": {"tune": 1.0, "mutate": 1.0}, "fidelities": ("probe",)},
+            "tune needs search.fidelities to have cheap",
+        ),
+        ({"operators": {"mutat": 1.0}}, "'mutat': expected explore or .*; mutate?"),
+        ({"prompt": "gcott"}, "search.prompt is 'gcott'"),
+        ({"design": "all"}, "search.design is 'all'"),
+        ({"niche_radius": 1.5}, "search.niche_radius is 1.5"),
+        ({"repairs": -1}, "search.repairs is -1"),
+    ],
+)
+def test_plans_that_cannot_run_are_refused_in_one_line(settings, message):
+    from autoprune.pipeline.config import Config, SearchPlan, check_config
+
+    with pytest.raises(InputError, match=message) as refusal:
+        check_config(Config(search=SearchPlan(**settings)))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "section, settings, message",
+    [
+        ("budgets", {"calls": -1}, "budgets.calls is -1"),
+        ("budgets", {"wall_clock": float("nan")}, "budgets.wall_clock is nan"),
+        ("budgets", {"evaluations": 2}, "budgets.evaluations is 2: expected at least 5, the seeds"),
+        ("generator", {"max_tokens": 4096}, "generator.max_tokens is 4096: expected less than generator.max_model_len"),
+        ("generator", {"temperature": -1.0}, "generator.temperature is -1"),
+    ],
+)
+def test_values_that_cannot_run_are_refused_in_one_line(section, settings, message):
+    from autoprune.pipeline.config import Config, check_config
+
+    with pytest.raises(InputError, match=message):
+        check_config(replace(Config(), **{section: replace(getattr(Config(), section), **settings)}))

@@ -9,6 +9,7 @@ from local import LocalEvaluator, local_search, small_config
 from autoprune.actors.messages import Evaluation
 from autoprune.models.errors import InputError
 from autoprune.pipeline.config import Further, check_config, load_config
+from autoprune.pipeline.screening import subset_nll
 from autoprune.pipeline.targets import Case, Cases, combine
 
 
@@ -16,12 +17,12 @@ def evaluation(*nlls, errors=(0.1, 0.5), **more):
     return Evaluation(sum(nlls) / len(nlls), 10 * len(nlls), nlls, (0.5,), errors, 0.5, 1.0, **more)
 
 
-@pytest.mark.parametrize("worst, nll, windows, last", [(True, 2.0, (1.0, 3.0), 0.9), (False, 1.5, (1.0, 2.0), 0.7)])
+@pytest.mark.parametrize("worst, nll, windows, last", [(True, 2.5, (2.0, 3.0), 0.9), (False, 1.5, (1.5, 1.5), 0.7)])
 def test_cases_are_combined_window_by_window(worst, nll, windows, last):
-    found = combine([evaluation(1.0, 1.0), evaluation(1.0, 3.0, errors=(0.3, 0.9))], worst)
+    found = combine([evaluation(2.0, 0.0), evaluation(1.0, 3.0, 5.0, errors=(0.3, 0.9))], worst)
     assert found.nll == nll and found.window_nlls == windows
     assert found.block_errors == pytest.approx((0.1, last))
-    assert found.tokens == 40 and found.seconds == 2.0
+    assert found.tokens == 50 and found.seconds == 2.0
 
 
 def test_what_fails_in_one_case_fails():
@@ -64,9 +65,14 @@ def test_a_search_over_two_sparsities(tmp_path, evaluator, how):
     search = local_search(tmp_path, cases, config)
     search.run()
     best = search.lineage.best()
-    own = [next(iter(evaluator.evaluate([best.algorithm], "fitness", s)))[1].nll for s in (0.5, 0.7)]
-    above = [nll - evaluator.dense["fitness"].nll for nll in own]
-    assert best.fitness == pytest.approx(max(above) if how == "worst" else sum(above) / 2, abs=1e-6)
+    own = [next(iter(evaluator.evaluate([best.algorithm], "fitness", s)))[1].window_nlls for s in (0.5, 0.7)]
+    join = max if how == "worst" else lambda values: sum(values) / 2
+    dense = evaluator.dense["fitness"].window_nlls
+    above = [join([a - d for a in pair]) for pair, d in zip(zip(*own, strict=True), dense, strict=True)]
+    assert best.fitness == pytest.approx(sum(above) / 4, abs=1e-6)
+    (whole,) = search.measure([best.algorithm], "fitness")
+    (part,) = search.measure([best.algorithm], "fitness[2,0]")
+    assert part.nll == pytest.approx(subset_nll(whole, (2, 0)), abs=1e-5), "cheap and full have one zero"
     written = next(c for c in search.lineage if c.prompt)
     assert "tiny to 50%; tiny to 70%" in written.prompt and f"the {how} of these cases" in written.prompt
     assert json.loads((tmp_path / "run" / "lineage.json").read_text())
