@@ -13,7 +13,7 @@ from pathlib import Path
 
 from autoprune.actors.guard import guard_session
 from autoprune.actors.messages import Answer, Request, last_line
-from autoprune.algorithms.algorithm import Allocation
+from autoprune.algorithms.algorithm import GROUPS, Allocation
 from autoprune.algorithms.answers import SDSA, SDSA_BOUNDS
 from autoprune.algorithms.derivation import derive
 from autoprune.algorithms.grammar import answer_rules
@@ -247,6 +247,7 @@ class GeneticGenerator(GrammarGenerator):
 
     THOUGHT = "varied at random"
     TRIES = 20  # until a variation is in the language
+    REGROUPED = 0.25  # share of mutated scores whose group is drawn anew
     SPREADS = {"tau": (0.5, 2.0), "m": (0.7, 1.4), "depth": (0.6, 1.6)}  # factors of a mutated allocation
 
     def _answer(self, request: Request, source: random.Random) -> Answer:
@@ -254,7 +255,10 @@ class GeneticGenerator(GrammarGenerator):
             return super()._answer(request, source)
         lines = [f"Diagnosis: {self.THOUGHT}", f"Hypothesis: {self.THOUGHT}"]
         if "group" in request.parts:
-            lines.append(f"Group: {source.choice(request.parents).group}")
+            group = source.choice(request.parents).group
+            if request.operator != "crossover" and source.random() < self.REGROUPED:
+                group = source.choice(GROUPS)
+            lines.append(f"Group: {group}")
         if "allocation" in request.parts:
             lines.append(f"Allocation: {self._allocation(request, source)}")
         for name in ("allocate", "score"):

@@ -30,7 +30,7 @@ FAILURE_LIMIT = 5  # changes told of that came to nothing, the newest
 # The lines of an answer, by part (see `grammar`).
 FORMS = {
     "group": "Group: row",
-    "allocation": "Allocation: sdsa tau=0.5 m=0.3 depth=0.2",
+    "allocation": "Allocation: sdsa " + " ".join(f"{name}={value:g}" for name, value in DEFAULTS["sdsa"].items()),
     "allocate": "def allocate(profile, sparsity):\n    u0 = <expression>\n    return <expression>",
     "score": "def score({parameters}):\n    m0 = <expression>\n    return <expression>",
 }
@@ -66,8 +66,9 @@ def template(name: str) -> str:
 def build_prompt(
     lineage: Lineage, task: str, parents: tuple[str, ...], setting: Setting, lessons: Sequence[str] = ()
 ) -> Messages:
-    """The prompt for a task (explore, mutate_score, mutate_allocation, mutate_allocate, crossover, simplify), as (role,
-    text) messages of at most setting.limit tokens. lessons: lines of what the whole graph says (see `lessons`).
+    """The prompt for a task: explore, crossover (either may have _allocate behind it), mutate_score, mutate_allocation,
+    mutate_allocate, simplify. (role, text) messages of at most setting.limit tokens. lessons: lines of what the whole
+    graph says (see `lessons`).
 
     What is too much is dropped: the oldest evidence first, never the parents; then the oldest failures; the lessons;
     the worst of what is listed as known. What is left then is longer than the limit. A function of its arguments alone.

@@ -1,4 +1,4 @@
-"""What the whole graph says of kinds of changes: the median effect of reading a statistic, or of another group."""
+"""What the whole graph says of kinds of changes, such as reading a statistic: their median effect, and the best."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def lessons(lineage: Lineage, effect: Callable[[Candidate, Candidate], float | N
     medians = {change: statistics.median(values) for change, values in found.items() if len(values) >= LEAST}
     told = sorted(medians, key=lambda change: -abs(medians[change]))[:MOST]
     return [
-        f"- {change}: {medians[change]:+.3f} ({len(found[change])} times)"
+        f"- {change}: {medians[change]:+.3f} in the median of {len(found[change])}, {min(found[change]):+.3f} at best"
         for change in sorted(told, key=lambda change: medians[change])
     ]

@@ -179,21 +179,23 @@ class Search:
         plan, parts = self.config.search, self._parts
         if operator == "tune":
             return Slot(operator, parents, (), ())
-        if plan.prompt == "fixed":
+        if plan.prompt != "gcot":
+            # Every second prompt asks for the score alone: one that is good must not be lost to a poor allocation.
+            asked = parts if turn % 2 or "score" not in parts else self._scored
+            setting = replace(self._setting, parts=asked)
+            if plan.prompt == "topk":
+                best = self._elites()
+                return Slot("improve", (best[0].id,), plain_prompt(best, "topk", setting), asked)
             seeds = [c for c in self.lineage.evaluated() if c.operator == "seed"]
-            return Slot("sample", (seeds[0].id,), plain_prompt(seeds, "fixed", self._setting), parts)
-        if plan.prompt == "topk":
-            best = self._elites()
-            return Slot("improve", (best[0].id,), plain_prompt(best, "topk", self._setting), parts)
-        if operator == "crossover" and len(parents) < 2:
-            operator = "mutate"  # there is nobody else yet
-        if operator == "simplify" and "score" not in parts:
-            operator = "mutate"
-        lines, asked, task = LINES, parts, operator
+            return Slot("sample", (seeds[0].id,), plain_prompt(seeds, "fixed", setting), asked)
+        if (operator == "crossover" and len(parents) < 2) or (operator == "simplify" and "score" not in parts):
+            operator = "mutate"  # there is nobody else yet, or nothing to simplify
+        lines, asked = LINES, self._scored or parts
+        task = operator if "score" in parts else f"{operator}_allocate"
         if operator == "mutate":
             choices = [part for part in parts if part != "group"]
-            asked = (choices[turn % len(choices)],)
-            task = f"mutate_{asked[0]}"
+            chosen = choices[turn % len(choices)]
+            asked, task = self._scored if chosen == "score" else (chosen,), f"mutate_{chosen}"
         elif operator == "simplify":
             asked, lines = ("score",), SIMPLE_LINES
         told = lessons(self.lineage, self.screen.effect)
@@ -207,6 +209,11 @@ class Search:
         plan = self.config.search
         parts = WRITTEN_PARTS if plan.allocation == "written" else PARTS
         return {"both": parts, "score": ("group", "score"), "allocate": parts[1:2]}[plan.design]
+
+    @property
+    def _scored(self) -> tuple[str, ...]:
+        """The parts of a score, where scores are designed."""
+        return tuple(part for part in self._parts if part in ("group", "score"))
 
     @property
     def _setting(self) -> Setting:

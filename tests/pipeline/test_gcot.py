@@ -104,7 +104,7 @@ def test_a_difference_within_the_noise_is_inconclusive():
 def test_a_crossover_names_both_parents(lineage):
     user = prompt(lineage, "crossover", ("focal", "other"))[1][1]
     assert "claim of other" in user.partition("How we got here:")[2]
-    assert "works in step 5 with what works in step 2" in user
+    assert "works in the score of step 5 with what works in the score of step 2" in user
 
 
 def test_prompts_stay_bounded_however_deep_the_lineage(lineage):
@@ -254,7 +254,7 @@ def test_a_long_chain_loses_its_oldest_evidence_first(lineage):
     steps = user.partition("How we got here:")[2]
     assert "claim of root" not in steps, "the oldest that is no parent"
     assert "claim of good" in steps and "claim of focal" in steps and "claim of other" in steps
-    assert "works in step 4 with what works in step 1" in user
+    assert "works in the score of step 4 with what works in the score of step 1" in user
     shortest = prompt(lineage, "crossover", ("focal", "other"), 10)[1][1]
     assert shortest.count("Claim:") == 2
 

@@ -52,4 +52,4 @@ def test_medians_over_what_was_measured_at_least_twice():
         return child.fitness - parent.fitness if child.status == "evaluated" else None
 
     # g_rms four times: −0.1, −0.2, +5 and +1; the group and the loss of x_norm once, which says nothing.
-    assert lessons(graph, effect) == ["- reading g_rms: +0.450 (4 times)"]
+    assert lessons(graph, effect) == ["- reading g_rms: +0.450 in the median of 4, -0.200 at best"]

@@ -183,7 +183,7 @@ def test_allocations_are_written_where_that_is_asked_for(tmp_path, fresh):
             answers=6,
             prompts=3,
             fidelities=(),
-            operators={"explore": 1.0, "mutate": 2.0, "crossover": 1.0},
+            operators={"mutate": 1.0},
         ),
     )
     search = local_search(tmp_path, fresh, config)
@@ -196,10 +196,8 @@ def test_allocations_are_written_where_that_is_asked_for(tmp_path, fresh):
         same = [getattr(candidate.algorithm, part) == getattr(parent, part) for part in ("score", "allocation")]
         if candidate.operator in ("mutate", "simplify", "tune"):
             assert any(same), "these are of the score or of the allocation"
-        elif candidate.operator == "repair":
-            continue
-        else:
-            assert candidate.algorithm.allocation.name == "written"
+        elif candidate.operator != "repair":
+            assert same[1], "these are of the score"
         if candidate.status == "evaluated" and candidate.algorithm.allocation.source:
             sources[candidate.algorithm.allocation.source] = candidate
         if not candidate.prompt:  # nobody was asked
@@ -252,7 +250,7 @@ def test_mutations_are_of_allocation_and_score_in_turn(tmp_path, fresh):
         search = local_search(tmp_path, fresh, own)
         search.run()
         parts = [slot.parts for generation in range(60) for slot in search.slots(generation, 0)]
-        assert parts.count(("score",)) == parts.count(("allocation",)) == 30 * prompts
+        assert parts.count(("group", "score")) == parts.count(("allocation",)) == 30 * prompts
 
 
 def with_plan(config, **plan):
@@ -357,8 +355,10 @@ def test_plain_prompts_ask_for_whole_algorithms(tmp_path, fresh, prompt, operato
     written = [c for c in search.lineage if c.operator not in ("seed", "tune", "repair")]
     assert written and {c.operator for c in written} == {operator}
     assert not any("Evidence" in c.prompt for c in written)
+    # Of whole algorithms, and of scores alone, by turns.
+    assert len({"Allocation: sdsa tau" in c.prompt.partition("[user]")[0] for c in written}) == 2
     if prompt == "fixed":
-        assert len({c.prompt for c in written}) == 1
+        assert len({c.prompt for c in written}) == 2
 
 
 def test_a_broken_answer_is_repaired_once(tmp_path, fresh):
