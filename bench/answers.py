@@ -28,7 +28,8 @@ from autoprune.algorithms.probe import probe
 from autoprune.algorithms.translator import LanguageError
 from autoprune.models.loading import load_tokenizer, resolve_model
 from autoprune.pipeline.config import ALLOCATIONS, load_config
-from autoprune.pipeline.search import Search, Slot
+from autoprune.pipeline.prompting import Slot
+from autoprune.pipeline.search import Search
 
 PER_PROMPT = 4
 KINDS = ("usable", "cut", "constant", "not finite", "other")
@@ -92,8 +93,8 @@ def main() -> int:
     asked = []
     for index in range(max(1, options.answers // PER_PROMPT)):
         search = found[index % len(found)]
-        (slot,) = search.slots(1000 + index, 0)
-        asked.append((search, slot, search.request(slot, PER_PROMPT, 0, 0)))
+        (slot,) = search.prompter.slots(1000 + index, 0)
+        asked.append((search, slot, search.prompter.request(slot, PER_PROMPT, 0, 0)))
     largest = answer_grammar(parts=WRITTEN_PARTS, statistics=found[0].config.search.statistics)
     compiling = compile_seconds(options.model, largest)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,21 +18,17 @@ from typing import Protocol
 from autoprune.actors.messages import Answer, Evaluation, Request
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.answers import parse_answer
-from autoprune.algorithms.constants import constants, fill
-from autoprune.algorithms.grammar import PARTS, WRITTEN_PARTS, answer_grammar
-from autoprune.algorithms.manual import brief
+from autoprune.algorithms.constants import fill
 from autoprune.algorithms.translator import LanguageError
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.checkpoint import load_checkpoint, save_checkpoint, write_atomic
 from autoprune.pipeline.config import Config
-from autoprune.pipeline.gcot import Messages, Setting, build_prompt, plain_prompt, repair_prompt
+from autoprune.pipeline.gcot import repair_prompt
 from autoprune.pipeline.ledger import FULL, Evaluator, Generator, Ledger, Spent
-from autoprune.pipeline.lessons import lessons
 from autoprune.pipeline.lineage import STATUSES, Candidate, Lineage
-from autoprune.pipeline.niches import elites
-from autoprune.pipeline.operators import choose, weights
-from autoprune.pipeline.population import choose_parents, seed
+from autoprune.pipeline.population import seed
+from autoprune.pipeline.prompting import Prompter, Slot
 from autoprune.pipeline.screening import Screen, reading, subset_nll
 
 CHECKPOINT = "checkpoint"  # in the run folder
@@ -57,18 +52,6 @@ class Progress(Protocol):
     def step(self, what: str, done: int, total: int) -> None: ...
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One prompt. parts: of an algorithm, which the answer holds (see `grammar`); the others are the first parent's.
-    lines: that a function of the answer may have above its return."""
-
-    operator: str
-    parents: tuple[str, ...]
-    messages: Messages
-    parts: tuple[str, ...]
-    lines: int = LINES
-
-
 @dataclass
 class Search:
     """One search in one folder. `run` does what is left of it. began: when this sitting did, by the monotonic clock."""
@@ -88,6 +71,8 @@ class Search:
             self.folder, self.generator, self.evaluator, self.config.budgets, self.progress.step, **clock
         )
         self.screen = Screen(self.config.search, self.lineage, self.ledger.measure)
+        dense = self.evaluator.dense[FULL].nll
+        self.prompter = Prompter(self.config, self.lineage, dense, self.generator.count, self.screen.effect)
         self._done = -1
 
     @property
@@ -110,7 +95,7 @@ class Search:
 
     def _confirm(self) -> None:
         """Measure the elites on text that no generation saw: the best of many is partly the luckiest."""
-        best = self._elites()
+        best = self.prompter.elites()
         for candidate in self.lineage:  # of an earlier end, before the budget was raised
             candidate.fresh = None
         for candidate, evaluation in zip(best, self.measure([c.algorithm for c in best], "fresh"), strict=True):
@@ -129,7 +114,7 @@ class Search:
         """Ask until there are enough algorithms that nobody wrote before, or the rounds are used up."""
         plan, candidates, fresh, repairs = self.config.search, [], 0, plan_repairs(self.config)
         for round_ in range(plan.rounds):
-            slots = self.slots(generation, round_)
+            slots = self.prompter.slots(generation, round_)
             asked = [slot for slot in slots if slot.operator != "tune"]
             written = [self._tuned(generation, slot, i) for i, slot in enumerate(s for s in slots if s not in asked)]
             answers = self._ask(generation, round_, "round", asked, self._share(len(asked)))
@@ -146,109 +131,6 @@ class Search:
         self.progress.say(f"generation {generation}: {len(candidates)} answers, {fresh} new algorithms")
         return candidates
 
-    def slots(self, generation: int, round_: int) -> list[Slot]:
-        """The prompts of one round: who are the parents, and what is asked. `tune` asks nobody, and once a
-        generation at most."""
-        plan = self.config.search
-        rng = random.Random(f"{self.config.seed}/{generation}/{round_}")
-        operators = dict(plan.operators)
-        if plan.prompt == "topk":  # one way to ask
-            tune = operators.pop("tune", 0.0)
-            operators = {"improve": sum(operators.values()), "tune": tune}
-        untuned = [c for c in self._elites() if self._tunable(c)]
-        if round_ > 0 or plan.prompt == "fixed" or not untuned:
-            operators.pop("tune", None)
-        frequencies = weights(operators, self.lineage, generation) if plan.adapt else operators
-        asker = "improve" if plan.prompt == "topk" else "mutate"
-        slots: list[Slot] = []
-        for operator in choose(rng, frequencies, plan.prompts):
-            if operator == "tune" and any(slot.operator == "tune" for slot in slots):
-                operator = asker
-            parents = choose_parents(rng, operator, untuned if operator == "tune" else self._elites())
-            slots.append(self._slot(operator, parents, generation + round_ + len(slots)))
-        return slots
-
-    def _tunable(self, candidate: Candidate) -> bool:
-        """Whether it has constants to fill that were not filled before."""
-        tuned = any(child.operator == "tune" for child in self.lineage.children(candidate.id))
-        return not tuned and candidate.operator != "tune" and bool(constants(candidate.algorithm, self._parts))
-
-    def _slot(self, operator: str, parents: tuple[str, ...], turn: int) -> Slot:
-        """turn: by which mutations of the score and of the allocation come in turn, so that it is known which made the
-        difference; a search of one mutation per generation has its turns, too."""
-        plan, parts = self.config.search, self._parts
-        if operator == "tune":
-            return Slot(operator, parents, (), ())
-        if plan.prompt != "gcot":
-            # Every second prompt asks for the score alone: one that is good must not be lost to a poor allocation.
-            asked = parts if turn % 2 or "score" not in parts else self._scored
-            setting = replace(self._setting, parts=asked)
-            if plan.prompt == "topk":
-                best = self._elites()
-                return Slot("improve", (best[0].id,), plain_prompt(best, "topk", setting), asked)
-            seeds = [c for c in self.lineage.evaluated() if c.operator == "seed"]
-            return Slot("sample", (seeds[0].id,), plain_prompt(seeds, "fixed", setting), asked)
-        if (operator == "crossover" and len(parents) < 2) or (operator == "simplify" and "score" not in parts):
-            operator = "mutate"  # there is nobody else yet, or nothing to simplify
-        lines, asked = LINES, self._scored or parts
-        task = operator if "score" in parts else f"{operator}_allocate"
-        if operator == "mutate":
-            choices = [part for part in parts if part != "group"]
-            chosen = choices[turn % len(choices)]
-            asked, task = self._scored if chosen == "score" else (chosen,), f"mutate_{chosen}"
-        elif operator == "simplify":
-            asked, lines = ("score",), SIMPLE_LINES
-        told = lessons(self.lineage, self.screen.effect)
-        return Slot(operator, parents, build_prompt(self.lineage, task, parents, self._setting, told), asked, lines)
-
-    def _elites(self) -> list[Candidate]:
-        return elites(self.lineage, self.config.search.elites, self.config.search.diversity)
-
-    @property
-    def _parts(self) -> tuple[str, ...]:
-        plan = self.config.search
-        parts = WRITTEN_PARTS if plan.allocation == "written" else PARTS
-        return {"both": parts, "score": ("group", "score"), "allocate": parts[1:2]}[plan.design]
-
-    @property
-    def _scored(self) -> tuple[str, ...]:
-        """The parts of a score, where scores are designed."""
-        return tuple(part for part in self._parts if part in ("group", "score"))
-
-    @property
-    def _setting(self) -> Setting:
-        writer, plan, target = self.config.generator, self.config.search, self.config.target
-        room = writer.max_model_len - writer.max_tokens if writer.kind == "vllm" else 10**9
-        return Setting(
-            dense=self.evaluator.dense[FULL].nll,
-            sparsity=target.sparsity,
-            count=self.generator.count,
-            limit=min(writer.prompt_tokens, room),
-            repair=min(writer.max_tokens, room - min(writer.prompt_tokens, room)),
-            parts=self._parts,
-            statistics=plan.statistics,
-            diverse=plan.diversity,
-            cases=target.cases,
-            combine=target.combine,
-        )
-
-    def request(self, slot: Slot, count: int, round_: int, offset: int) -> Request:
-        """What the generator is asked for `count` answers. offset: see `Request`."""
-        writer = self.config.generator
-        return Request(
-            slot.messages,
-            n=count,
-            temperature=writer.temperature + writer.heat * round_,
-            max_tokens=writer.max_tokens,
-            grammar=answer_grammar(slot.lines, slot.parts, self.config.search.statistics),
-            brief=brief("allocate" in slot.parts),
-            offset=offset,
-            parts=slot.parts,
-            statistics=self.config.search.statistics,
-            operator=slot.operator,
-            parents=tuple(self.lineage[parent].algorithm for parent in slot.parents),
-        )
-
     def _share(self, prompts: int) -> list[int]:
         """Answers to ask of each prompt of a round, within the budget."""
         total = min(self.config.search.answers, self.ledger.left("calls"))
@@ -261,25 +143,16 @@ class Search:
         def requests() -> list[Request]:
             offsets = itertools.accumulate(counts, initial=self.spent.answers)
             return [
-                self.request(slot, count, round_, offset)
+                self.prompter.request(slot, count, round_, offset)
                 for slot, count, offset in zip(slots, counts, offsets, strict=False)
                 if count
             ]
 
         for slot in slots:
             if self.config.generator.kind == "vllm":
-                self._check_room(slot)
+                self.prompter.check_room(slot)
         answers = self.ledger.answers((generation, round_, what), requests)
         return answers + [[]] * (len(slots) - len(answers))
-
-    def _check_room(self, slot: Slot) -> None:
-        writer = self.config.generator
-        tokens, room = self.generator.count(slot.messages), writer.max_model_len - writer.max_tokens
-        if tokens > room:
-            raise InputError(
-                f"the shortest prompt has {tokens} tokens, and generator.max_model_len − max_tokens leaves {room}: "
-                "raise max_model_len, or lower max_tokens or the number of search.statistics"
-            )
 
     def _read_all(
         self, generation: int, slots: list[Slot], answers: list[list[Answer]], first: int
@@ -315,7 +188,7 @@ class Search:
         the broken one."""
         slots, origins = [], {}
         for slot, candidate in broken:
-            messages = repair_prompt(slot.messages, candidate.answer, candidate.error, self._setting)
+            messages = repair_prompt(slot.messages, candidate.answer, candidate.error, self.prompter.setting)
             if messages is not None:
                 slots.append(replace(slot, operator="repair", messages=messages))
                 origins[id(slots[-1])] = candidate.id
@@ -342,7 +215,7 @@ class Search:
             return [math.inf if value is None else value for value in readings]
 
         start = subset_nll(parent.evaluation, self.screen.windows)
-        candidate.algorithm, _ = fill(parent.algorithm, measure, start, self.config.search.tuning, self._parts)
+        candidate.algorithm, _ = fill(parent.algorithm, measure, start, self.config.search.tuning, self.prompter.parts)
         candidate.trials = len(trials)
         candidate.hypothesis = f"other constants, the best of {len(trials)} that were tried, on a part of the text"
         return candidate

@@ -60,9 +60,12 @@ class Untracked:
 
 
 def configuration(runs: Path, arm: str, seed: int, overrides: list[str]) -> Config:
-    own = (ARMS | ABLATIONS)[arm]
-    settings = [f"name={arm}-{seed}", f"runs={runs}", f"seed={seed}", *own, *overrides]
-    return settled(load_config(HERE / "search.yaml", settings))
+    """Of one search; its folder is made, and told what it is."""
+    settings = [f"name={arm}-{seed}", f"runs={runs}", f"seed={seed}", *(ARMS | ABLATIONS)[arm], *overrides]
+    config = settled(load_config(HERE / "search.yaml", settings))
+    config.folder.mkdir(parents=True, exist_ok=True)
+    (config.folder / "bench.json").write_text(json.dumps({"settings": settings}))
+    return config
 
 
 def result(search: Search, seconds: float) -> dict:
@@ -145,7 +148,6 @@ def run(runs: Path, jobs: list[tuple[str, int]], overrides: list[str]) -> None:
                     else {"genetic": GeneticGenerator, "grammar": GrammarGenerator}[kind](config.seed)
                 )
                 progress.say(f"=== {arm}, seed {seed}")
-                config.folder.mkdir(parents=True, exist_ok=True)
                 search = Search(config, config.folder, generator, pool, Untracked(), progress)
                 search.run()
                 found = {"arm": arm, "seed": seed, "writer": config.generator.model if kind == "vllm" else kind}

@@ -1,6 +1,7 @@
 """A search without Ray, vLLM and MLflow: the real shards in this process, scripted answers, a list as tracker."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,3 +110,13 @@ def local_search(folder: Path, evaluator: LocalEvaluator, config: Config | None 
     chance = {"grammar": GrammarGenerator, "genetic": GeneticGenerator}.get(config.generator.kind)
     generator = chance(config.seed) if chance else ScriptedGenerator(Path(config.generator.answers))
     return Search(config, config.folder, generator, evaluator, ListTracker(), SilentProgress())
+
+
+def finished(folder: Path, evaluator: LocalEvaluator) -> Search:
+    search = local_search(folder, evaluator)
+    search.run()
+    return search
+
+
+def without_clock(lineage) -> str:
+    return json.dumps(lineage.to_dict(), sort_keys=True)

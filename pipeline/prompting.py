@@ -1,0 +1,165 @@
+"""What is asked in a round: which operators, of which parents, for which parts of an algorithm, in which words."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from autoprune.actors.messages import Request
+from autoprune.algorithms.constants import constants
+from autoprune.algorithms.grammar import PARTS, WRITTEN_PARTS, answer_grammar
+from autoprune.algorithms.manual import brief
+from autoprune.models.errors import InputError
+from autoprune.pipeline.config import Config
+from autoprune.pipeline.gcot import Count, Messages, Setting, build_prompt, plain_prompt
+from autoprune.pipeline.lessons import lessons
+from autoprune.pipeline.lineage import Candidate, Lineage
+from autoprune.pipeline.niches import elites
+from autoprune.pipeline.operators import choose, weights
+from autoprune.pipeline.population import choose_parents
+
+LINES = 3  # that may stand above an answer's return
+SIMPLE_LINES = 1  # in an answer that is to be simpler
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One prompt. parts: of an algorithm, which the answer holds (see `grammar`); the others are the first parent's.
+    lines: that a function of the answer may have above its return."""
+
+    operator: str
+    parents: tuple[str, ...]
+    messages: Messages
+    parts: tuple[str, ...]
+    lines: int = LINES
+
+
+class Prompter:
+    """Reads prompts off the lineage of one search. A function of configuration, seed and graph.
+
+    dense: NLL of the unpruned model on the fitness split. count: tokens of a prompt. effect: of a child against its
+    parent, as `lessons` takes it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        lineage: Lineage,
+        dense: float,
+        count: Count,
+        effect: Callable[[Candidate, Candidate], float | None],
+    ) -> None:
+        self._config, self._lineage, self._dense, self._count, self._effect = config, lineage, dense, count, effect
+
+    def slots(self, generation: int, round_: int) -> list[Slot]:
+        """The prompts of one round: who are the parents, and what is asked. `tune` asks nobody, and once a
+        generation at most."""
+        plan = self._config.search
+        rng = random.Random(f"{self._config.seed}/{generation}/{round_}")
+        operators = dict(plan.operators)
+        if plan.prompt == "topk":  # one way to ask
+            tune = operators.pop("tune", 0.0)
+            operators = {"improve": sum(operators.values()), "tune": tune}
+        untuned = [c for c in self.elites() if self._tunable(c)]
+        if round_ > 0 or plan.prompt == "fixed" or not untuned:
+            operators.pop("tune", None)
+        frequencies = weights(operators, self._lineage, generation) if plan.adapt else operators
+        asker = "improve" if plan.prompt == "topk" else "mutate"
+        slots: list[Slot] = []
+        for operator in choose(rng, frequencies, plan.prompts):
+            if operator == "tune" and any(slot.operator == "tune" for slot in slots):
+                operator = asker
+            parents = choose_parents(rng, operator, untuned if operator == "tune" else self.elites())
+            slots.append(self._slot(operator, parents, generation + round_ + len(slots)))
+        return slots
+
+    def _tunable(self, candidate: Candidate) -> bool:
+        """Whether it has constants to fill that were not filled before."""
+        tuned = any(child.operator == "tune" for child in self._lineage.children(candidate.id))
+        return not tuned and candidate.operator != "tune" and bool(constants(candidate.algorithm, self.parts))
+
+    def _slot(self, operator: str, parents: tuple[str, ...], turn: int) -> Slot:
+        """turn: by which mutations of the score and of the allocation come in turn, so that it is known which made the
+        difference; a search of one mutation per generation has its turns, too."""
+        plan, parts = self._config.search, self.parts
+        if operator == "tune":
+            return Slot(operator, parents, (), ())
+        if plan.prompt != "gcot":
+            # Every second prompt asks for the score alone: one that is good must not be lost to a poor allocation.
+            asked = parts if turn % 2 or "score" not in parts else self._scored
+            setting = replace(self.setting, parts=asked)
+            if plan.prompt == "topk":
+                best = self.elites()
+                return Slot("improve", (best[0].id,), plain_prompt(best, "topk", setting), asked)
+            seeds = [c for c in self._lineage.evaluated() if c.operator == "seed"]
+            return Slot("sample", (seeds[0].id,), plain_prompt(seeds, "fixed", setting), asked)
+        if (operator == "crossover" and len(parents) < 2) or (operator == "simplify" and "score" not in parts):
+            operator = "mutate"  # there is nobody else yet, or nothing to simplify
+        lines, asked = LINES, self._scored or parts
+        task = operator if "score" in parts else f"{operator}_allocate"
+        if operator == "mutate":
+            choices = [part for part in parts if part != "group"]
+            chosen = choices[turn % len(choices)]
+            asked, task = self._scored if chosen == "score" else (chosen,), f"mutate_{chosen}"
+        elif operator == "simplify":
+            asked, lines = ("score",), SIMPLE_LINES
+        told = lessons(self._lineage, self._effect)
+        return Slot(operator, parents, build_prompt(self._lineage, task, parents, self.setting, told), asked, lines)
+
+    def elites(self) -> list[Candidate]:
+        return elites(self._lineage, self._config.search.elites, self._config.search.diversity)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        plan = self._config.search
+        parts = WRITTEN_PARTS if plan.allocation == "written" else PARTS
+        return {"both": parts, "score": ("group", "score"), "allocate": parts[1:2]}[plan.design]
+
+    @property
+    def _scored(self) -> tuple[str, ...]:
+        """The parts of a score, where scores are designed."""
+        return tuple(part for part in self.parts if part in ("group", "score"))
+
+    @property
+    def setting(self) -> Setting:
+        writer, plan, target = self._config.generator, self._config.search, self._config.target
+        room = writer.max_model_len - writer.max_tokens if writer.kind == "vllm" else 10**9
+        return Setting(
+            dense=self._dense,
+            sparsity=target.sparsity,
+            count=self._count,
+            limit=min(writer.prompt_tokens, room),
+            repair=min(writer.max_tokens, room - min(writer.prompt_tokens, room)),
+            parts=self.parts,
+            statistics=plan.statistics,
+            diverse=plan.diversity,
+            cases=target.cases,
+            combine=target.combine,
+        )
+
+    def request(self, slot: Slot, count: int, round_: int, offset: int) -> Request:
+        """What the generator is asked for `count` answers. offset: see `Request`."""
+        writer = self._config.generator
+        return Request(
+            slot.messages,
+            n=count,
+            temperature=writer.temperature + writer.heat * round_,
+            max_tokens=writer.max_tokens,
+            grammar=answer_grammar(slot.lines, slot.parts, self._config.search.statistics),
+            brief=brief("allocate" in slot.parts),
+            offset=offset,
+            parts=slot.parts,
+            statistics=self._config.search.statistics,
+            operator=slot.operator,
+            parents=tuple(self._lineage[parent].algorithm for parent in slot.parents),
+        )
+
+    def check_room(self, slot: Slot) -> None:
+        writer = self._config.generator
+        tokens, room = self._count(slot.messages), writer.max_model_len - writer.max_tokens
+        if tokens > room:
+            raise InputError(
+                f"the shortest prompt has {tokens} tokens, and generator.max_model_len − max_tokens leaves {room}: "
+                "raise max_model_len, or lower max_tokens or the number of search.statistics"
+            )
