@@ -90,7 +90,7 @@ def _time_line(summary: dict) -> str:
 
 
 def write_report(folder: Path, lineage: Lineage, summary: dict) -> list[Path]:
-    """Write report.md, report.json (summary and best algorithm) and the pictures; returns their paths.
+    """Write report.md, report.json (summary and best algorithm), best.py and the pictures; returns their paths.
 
     summary: what the driver knows (plain JSON); `best` names a candidate of the lineage that has a fitness.
     """
@@ -109,11 +109,44 @@ def write_report(folder: Path, lineage: Lineage, summary: dict) -> list[Path]:
     if best.evaluation.block_sparsities:
         others = _seeds_with_allocation(lineage, best)
         files["sparsity.png"] = sparsity_png(best, others, summary["sparsity"], f"Sparsity per block, {about}")
+    files["best.py"] = best_file(lineage, summary, best).encode()
     files["report.md"] = _markdown(lineage, summary, best, "sparsity.png" in files).encode()
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         write_atomic(folder / name, data)
     return [folder / name for name in files]
+
+
+def best_file(lineage: Lineage, summary: dict, best: Candidate) -> str:
+    """The best algorithm as a file that `autoprune prune --score` takes, with figures, lineage and command in
+    comments."""
+    measure = f"ppl_token@{summary['context']}"
+    lines = [
+        f"Found by AutoPrune: {summary['target']} pruned to {100 * summary['sparsity']:g}%, mask only, "
+        f"{summary['dtype']}; written by {summary['generator']}.",
+        "",
+        f"{measure}, fitness split {summary['corpora']['fitness']} and report split {summary['corpora']['report']}:",
+        *(f"  {row['method']}: {_ppl(row['fitness_nll'])}, {_ppl(row['report_nll'])}" for row in _rows(summary)),
+        "",
+        "Lineage:",
+        *(
+            f"  {_origin(candidate)}: {_ppl(candidate.fitness)}. {_plain(candidate.hypothesis)}"
+            for candidate in lineage.ancestors_path(best.id)
+        ),
+        "",
+        f"Again: {summary['command']}",
+    ]
+    return "\n".join(f"# {line}".rstrip() for line in lines) + "\n#\n" + algorithm_text(best.algorithm)
+
+
+def _origin(candidate: Candidate, mark: str = "") -> str:
+    parents = f" of {', '.join(candidate.parents)}" if candidate.parents else ""
+    return f"{mark}{candidate.id}{mark} ({candidate.operator}{parents})"
+
+
+def _plain(text: str) -> str:
+    """The model's own words on one line."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _seeds_with_allocation(lineage: Lineage, best: Candidate) -> list[Candidate]:
@@ -174,7 +207,7 @@ def _chain(lineage: Lineage, best: Candidate) -> list[str]:
     """The ancestors of the best, oldest first: what was diagnosed, claimed, measured, and what came of the claim."""
     steps, path = [], lineage.ancestors_path(best.id)
     for parent, child in zip([None, *path], path, strict=False):
-        lines = [f"**{child.id}** ({child.operator}{' of ' if child.parents else ''}{', '.join(child.parents)})", ""]
+        lines = [_origin(child, mark="**"), ""]
         if child.diagnosis or child.hypothesis:
             lines += [f"- Diagnosis: {_quote(child.diagnosis)}", f"- Hypothesis: {_quote(child.hypothesis)}"]
         if child.status != "evaluated":  # a repaired candidate descends from a broken one
@@ -255,7 +288,8 @@ def print_report(folder: Path, console: Console) -> None:
         console.print(line, markup=False, highlight=False)
     source = algorithm_text(Algorithm.from_dict(summary["algorithm"]))
     console.print(Syntax(source, "python", background_color="default", word_wrap=True))
-    places = {"Model": Path(summary["model"])} | {"Report": folder / "report.md", "Run": folder}
+    places = {"Model": Path(summary["model"]), "Algorithm": folder / "best.py"}
+    places |= {"Report": folder / "report.md", "Run": folder}
     for name, place in places.items():
         console.print(f"{name}: {place.resolve()}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"MLflow: {summary['mlflow']}", markup=False, highlight=False, soft_wrap=True)

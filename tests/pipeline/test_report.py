@@ -15,9 +15,10 @@ from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.lineage import Candidate, Lineage
+from autoprune.pipeline.population import read_score
 from autoprune.pipeline.report import print_report, table, write_report
 
-SDSA = Allocation("sdsa", {"tau": 0.5, "mix": 0.3})
+SDSA = Allocation("sdsa", {"tau": 0.5, "m": 0.3, "depth": 0.0})
 OPERATORS = ("explore", "crossover", "mutate", "tune", "simplify", "repair")
 
 
@@ -118,7 +119,7 @@ def report(lineage, tmp_path_factory):
 
 def test_files_and_pictures(report):
     folder, paths = report
-    names = {"report.json", "report.md", "lineage.png", "fitness.png", "sparsity.png"}
+    names = {"report.json", "report.md", "best.py", "lineage.png", "fitness.png", "sparsity.png"}
     assert {path.name for path in paths} == names == {path.name for path in folder.iterdir()}
     for path in paths:
         if path.suffix == ".png":
@@ -145,7 +146,7 @@ def test_markdown_tells_the_chain_that_led_to_the_best(report, lineage):
         edge = lineage.edge(parent.id, child.id)
         assert f"{child.fitness - parent.fitness:+.4f} ± {edge['effect_error']:.4f} nats" in text
         assert f"- Verdict: {edge['verdict']}" in text
-    assert path[-1].algorithm.score in text and "# allocation: sdsa mix=0.3 tau=0.5" in text
+    assert path[-1].algorithm.score in text and "# allocation: sdsa depth=0 m=0.3 tau=0.5" in text
 
 
 def test_the_chain_goes_through_a_repaired_candidate(tmp_path):
@@ -165,6 +166,17 @@ def test_the_models_words_cannot_act_as_markup(report):
     text = (report[0] / "report.md").read_text()
     assert "<b>" not in text and "[them](x)" not in text and "ignores *them*" not in text
     assert r"ignores \*them\*" in text
+
+
+def test_the_best_algorithm_is_a_file_that_can_be_read_back(report, lineage):
+    file, best = report[0] / "best.py", lineage.evaluated()[0]
+    text, (algorithm, spread) = file.read_text(), read_score(file)
+    assert algorithm.allocation == SDSA and algorithm.group == best.algorithm.group and spread
+    for candidate in lineage.ancestors_path(best.id):
+        assert f"#   {candidate.id} ({candidate.operator}" in text
+    assert "\n#   wanda: " in text and "# Again: autoprune search" in text
+    code = [line for line in text.splitlines() if not line.startswith("#")]
+    assert code[0].startswith("def score("), "the model's words stay in comments"
 
 
 def test_markdown_says_what_a_reader_must_know(report):
