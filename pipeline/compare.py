@@ -118,8 +118,9 @@ def settled(config: Comparison) -> Comparison:
     anywhere."""
     data = replace(config.data, **{name: absolute(getattr(config.data, name)) for name in SPLITS})
     models = tuple(dict.fromkeys(absolute(model) for model in config.models))
+    methods = tuple(replace(group, scores=tuple(map(absolute, group.scores))) for group in config.methods)
     dtype, runs = native_dtype(config.dtype), str(Path(config.runs).resolve())
-    return replace(config, runs=runs, models=models, dtype=dtype, data=data)
+    return replace(config, runs=runs, models=models, dtype=dtype, data=data, methods=methods)
 
 
 def prepare(config: Comparison) -> list[Subject]:

@@ -24,21 +24,23 @@ from autoprune.algorithms.scores import BASELINES, NATIVE
 from autoprune.algorithms.tuning import MOST_EVALUATIONS
 from autoprune.models.errors import InputError
 from autoprune.pipeline.config import DTYPES, Data, Tracking, check_data, check_name, one_of, plain, read_config
-from autoprune.pipeline.population import baseline, read_allocation
+from autoprune.pipeline.population import baseline, read_allocation, read_score
 
 # Of a cell's file and key: raise it when the meaning of a figure changes, and everything is measured anew. What an
 # allocation yields has numbers of its own: REVISIONS.
 SCHEMA = 2
 TUNED = ":tuned"  # behind an allocation: its parameters are sought on the fitness split
 DENSE = "dense"
+FILE, OWN = ".py", "own"  # a score that is a file, and the allocation that stands in it
 
 
 @dataclass(frozen=True)
 class Methods:
     """scores × updates × allocations.
 
-    scores: names of `algorithms.scores`. updates: of `algorithm.UPDATES`. allocations: as `read_allocation` reads
-    them, or with `:tuned` in place of parameters, which are then sought on the fitness split.
+    scores: names of `algorithms.scores`, or files, as `read_score` reads them. updates: of `algorithm.UPDATES`.
+    allocations: as `read_allocation` reads them, or with `:tuned` in place of parameters, which are then sought on the
+    fitness split; or "own", what a file says itself.
     """
 
     scores: tuple[str, ...] = ("magnitude", "wanda")
@@ -136,7 +138,8 @@ class Method:
     @property
     def scoring(self) -> str:
         """Score and update: what allocations are compared under."""
-        return self.score + (f"/{self.update}" if self.update != "none" else "")
+        name = Path(self.score).stem if self.score.endswith(FILE) else self.score
+        return name + (f"/{self.update}" if self.update != "none" else "")
 
     @property
     def tuned(self) -> bool:
@@ -144,7 +147,13 @@ class Method:
 
     def algorithm(self, target: Target) -> Algorithm:
         """The algorithm; where the allocation is tuned, that from which tuning starts."""
-        algorithm = baseline(f"{self.scoring}+{self.allocation.removesuffix(TUNED)}")
+        allocation = self.allocation.removesuffix(TUNED)
+        if self.score.endswith(FILE):
+            algorithm, _ = read_score(Path(self.score))
+            own = algorithm.allocation if allocation == OWN else read_allocation(allocation)
+            algorithm = replace(algorithm, allocation=own, update=self.update)
+        else:
+            algorithm = baseline(f"{self.scoring}+{allocation}")
         return replace(algorithm, group=target.pattern) if target.pattern else algorithm
 
 
@@ -292,11 +301,20 @@ def check_comparison(config: Comparison) -> None:
             if not getattr(group, name):
                 raise InputError(f"methods.{name} is empty: expected at least one")
         for score in group.scores:
-            one_of("methods.scores", score, (*BASELINES, *NATIVE))
+            if score.endswith(FILE):
+                read_score(Path(score))
+            else:
+                one_of("methods.scores", score, (*BASELINES, *NATIVE))
+            if OWN in group.allocations and not score.endswith(FILE):
+                raise InputError(
+                    f"methods.allocations holds {OWN!r} beside the score {score}: only files have their own"
+                )
         for update in group.updates:
             one_of("methods.updates", update, UPDATES)
         for allocation in group.allocations:
             start = allocation.removesuffix(TUNED)
+            if allocation == OWN:
+                continue
             rule = read_allocation(start).name
             if start != allocation and (":" in start or not RANGES[rule]):
                 reason = "tune them or give them" if RANGES[rule] else f"{rule} has no parameters to tune"

@@ -19,7 +19,16 @@ from autoprune.models.measuring import Measurement, Workbench
 from autoprune.pipeline import checkpoint
 from autoprune.pipeline.cli import main
 from autoprune.pipeline.compare import ComparisonRun, prepare, settled
-from autoprune.pipeline.comparison import Comparison, Method, Methods, Result, Target, cells, load_comparison
+from autoprune.pipeline.comparison import (
+    Comparison,
+    Method,
+    Methods,
+    Result,
+    Target,
+    cells,
+    check_comparison,
+    load_comparison,
+)
 from autoprune.pipeline.comparison_report import Findings, results_csv, results_markdown, write_plots
 from autoprune.pipeline.config import Data
 
@@ -485,3 +494,24 @@ def test_a_real_comparison_is_stopped_and_goes_on(capsys, monkeypatch, tmp_path,
     (tmp_path / "runs" / "taken" / "journal.jsonl").write_text("")
     assert main([*command, "--set", "name=taken"]) == 2
     assert "holds something else than a comparison" in capsys.readouterr().err
+
+
+def test_algorithms_from_files_are_compared_too(config, tmp_path):
+    file = tmp_path / "found.py"
+    file.write_text("# group: matrix\n# allocation: sdsa tau=1 m=0.3 depth=0.5\ndef score(W):\n    return W.abs()\n")
+    config = settled(replace(config, methods=(Methods((str(file),), ("none", "cg"), ("own", "uniform", "owl:tuned")),)))
+    check_comparison(config)
+    methods = config.all_methods()
+    assert [str(method) for method in methods] == [
+        "found+own", "found", "found+owl:tuned", "found/cg+own", "found/cg", "found/cg+owl:tuned",
+    ]  # fmt: skip
+    algorithm = methods[3].algorithm(Target(0.6))
+    assert (algorithm.group, algorithm.update, algorithm.allocation.parameters["m"]) == ("matrix", "cg", 0.3)
+    assert methods[1].algorithm(Target(0.5, "2:4")).group == "2:4"
+    assert methods[1].algorithm(Target(0.6)).allocation.name == "uniform"
+    for methods, message in (
+        (Methods(("wanda",), ("none",), ("own",)), "methods.allocations holds 'own' beside the score wanda"),
+        (Methods((str(tmp_path / "no.py"),)), "cannot read"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_comparison(replace(config, methods=(methods,)))
