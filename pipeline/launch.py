@@ -20,6 +20,7 @@ from autoprune.models.export import check_space
 from autoprune.models.loading import resolve_model
 from autoprune.pipeline.checkpoint import Journal, load_checkpoint, write_atomic
 from autoprune.pipeline.config import Config, difference, load_config
+from autoprune.pipeline.gcot import VERSION
 from autoprune.pipeline.ledger import JOURNAL
 from autoprune.pipeline.lineage import STATUSES
 from autoprune.pipeline.preparation import SPLITS, Prepared, pool_plan, prepare_all, settled
@@ -169,7 +170,7 @@ def _run(
     settings, evaluators = config.generator, config.evaluators
     uri = config.tracking.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
     tracker = MlflowTracker(uri, config.tracking.experiment, config.name, folder)
-    tracker.start(config.to_dict())
+    tracker.start(config.to_dict() | {"prompts": VERSION})
     own, shared = plan_resources(evaluators.shards, evaluators.replicas * len(prepared), evaluators.threads)
     status = "FAILED"
     pools = {m: EvaluatorPool(pool_plan(config, one, shared), progress.say) for m, one in prepared.items()}
@@ -260,6 +261,7 @@ def _conclude(
         "config": config.to_dict(),
         "target": config.target.model,
         "generator": WRITERS.get(config.generator.kind, config.generator.model),
+        "prompts": VERSION,
         "sparsity": config.target.sparsity,
         "dtype": config.target.dtype,
         "context": config.data.context,

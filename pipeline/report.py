@@ -169,7 +169,7 @@ def _markdown(lineage: Lineage, summary: dict, best: Candidate, with_sparsity: b
         "![Lineage: generation against perplexity](lineage.png)",
         "![Progress: perplexity against evaluations](fitness.png)",
         f"## Cost\n\n- Candidates: {_counts_line(summary)}.\n- Time: {_time_line(summary)}.\n"
-        f"- Algorithms written by: {summary['generator']}.",
+        f"- Algorithms written by: {summary['generator']}; prompts {summary.get('prompts', 'unknown')}.",
         f"## Again\n\n```sh\n{summary['command']}\n```\n\nThe pruned model: `{summary['model']}`.",
         "## How to read these numbers\n\n" + "\n".join(f"- {line}" for line in _caveats(lineage, summary, best)),
     ]
