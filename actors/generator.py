@@ -17,6 +17,7 @@ from autoprune.algorithms.algorithm import GROUPS, Allocation
 from autoprune.algorithms.answers import SDSA, SDSA_BOUNDS
 from autoprune.algorithms.derivation import derive
 from autoprune.algorithms.grammar import answer_rules
+from autoprune.algorithms.language import parse
 from autoprune.algorithms.manual import brief
 from autoprune.algorithms.translator import LanguageError
 from autoprune.algorithms.variation import NoVariationError, crossed, mutated, part_rules
@@ -285,10 +286,13 @@ class GeneticGenerator(GrammarGenerator):
         for _ in range(self.TRIES):
             try:
                 if request.operator == "crossover":
-                    return crossed(texts[0], texts[-1], name, source)
-                return mutated(texts[0], name, source, rules, simpler=request.operator == "simplify")
+                    text = crossed(texts[0], texts[-1], name, source)
+                else:
+                    text = mutated(texts[0], name, source, rules, simpler=request.operator == "simplify")
             except (LanguageError, NoVariationError):
                 continue
+            if name == "allocate" or set(parse(text).reads) <= set(request.statistics):
+                return text
         return texts[0]
 
 

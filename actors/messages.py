@@ -48,13 +48,15 @@ class Answer:
 class Probe:
     """What a candidate's score function did on the small probe layers.
 
-    error: why it cannot be used, in one line, or None. mask: the packed masks that it yields on the probe, as
-    hexadecimal digits ("" after an error). mask_hash: 16 hexadecimal digits; equal masks, equal hash.
+    error: why it cannot be used, in one line, or None. lost: the error was the actors', not the algorithm's.
+    mask: the packed masks that it yields on the probe, as hexadecimal digits ("" after an error). mask_hash: 16
+    hexadecimal digits; equal masks, equal hash.
     """
 
     error: str | None
     mask: str = ""
     mask_hash: str = ""
+    lost: bool = False
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ class EvaluatorPool:
             try:
                 probes.append(ray.get(call, timeout=self.plan.deadline))
             except (ray.exceptions.RayError, TimeoutError) as error:
-                probes.append(Probe(f"the probe failed: {last_line(error)}"))
+                probes.append(Probe(f"the probe failed: {last_line(error)}", lost=True))
                 self._restart_broken()
         return probes
 

@@ -114,7 +114,7 @@ def _allocation(line: str) -> Allocation:
         if not re.fullmatch(r"\d*\.?\d+", value) or not low <= float(value) <= high:
             name = ""
         else:
-            parameters[key] = float(value)
+            parameters[key] = float(f"{float(value):.6g}")  # as `Allocation` writes them
     if name != "sdsa":
         bounds = " ".join(f"{key}={low:g}…{high:g}" for key, (low, high) in SDSA_BOUNDS.items())
         raise LanguageError(f"the allocation is '{line[:80]}', expected 'uniform' or 'sdsa {bounds}'")

@@ -195,7 +195,7 @@ class Cell:
 
     @cached_property
     def algorithm(self) -> Algorithm:
-        return self.method.algorithm(self.target)
+        return Algorithm.from_dict(self.what["algorithm"])
 
     def __str__(self) -> str:
         return f"{self.method} at {self.target}" if self.method else DENSE
@@ -296,13 +296,19 @@ def check_comparison(config: Comparison) -> None:
         raise InputError(f"side_by_side is {config.side_by_side}: expected 1 or more")
     check_data(config.data)
     config.targets()
+    names: dict[str, str] = {name: name for name in (*BASELINES, *NATIVE)}
+    for score in (score for group in config.methods for score in group.scores if score.endswith(FILE)):
+        if names.setdefault(Path(score).stem, score) != score:
+            raise InputError(f"methods.scores holds {score} and {names[Path(score).stem]}: give them different names")
     for group in config.methods:
         for name in ("scores", "updates", "allocations"):
             if not getattr(group, name):
                 raise InputError(f"methods.{name} is empty: expected at least one")
         for score in group.scores:
             if score.endswith(FILE):
-                read_score(Path(score))
+                _, spread = read_score(Path(score))
+                if OWN in group.allocations and not spread:
+                    raise InputError(f"methods.allocations holds {OWN!r}, and {score} says nothing of an allocation")
             else:
                 one_of("methods.scores", score, (*BASELINES, *NATIVE))
             if OWN in group.allocations and not score.endswith(FILE):

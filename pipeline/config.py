@@ -120,18 +120,21 @@ class SearchPlan:
     """How candidates are proposed.
 
     seeds: baselines as `score` or `score+allocation`. generations × candidates new algorithms are measured.
-    A generation asks `prompts` prompts for `answers` answers in all, in at most `rounds` rounds, until it has enough
-    algorithms that are new. repairs: so many invalid answers of a generation are asked for once more, with the error.
+    A round asks `prompts` prompts for `answers` answers in all; a generation has at most `rounds` rounds, until it has
+    enough algorithms that are new. repairs: so many invalid answers of a generation are asked for once more, with the
+    error.
     elites: how many of the best are parents; with `diversity`, the best of each niche: of algorithms that read the same
     and whose masks on the probe differ by less than `niche_radius`.
-    prompt: "gcot", the reasoning of the graph; "topk", the best algorithms; "fixed", the seeds, every time.
+    prompt: "gcot", the reasoning of the graph; "topk", the best algorithms; "fixed", the seeds, the same
+    every time. Of the latter two every second asks for a score alone.
     operators: relative frequencies to begin with; with `adapt`, those that improve more per token come more often, and
     a search that stands still explores more. tuning: measurements on the cheap fidelity for one tuned algorithm.
     fidelities: what a new algorithm must pass before it is measured on the whole fitness split: "probe", the error of
     the hidden states on a short text, and "cheap", its likelihood on `cheap_windows` windows of the fitness split.
     fresh_windows: of the fitness text after the fitness split; at the end the elites are measured on them, before one
     is believed to be the best.
-    statistics: what the scores that are written may read beside W (see `algorithms.vocabulary`). design: what is
+    statistics: what the scores that are written may read beside W (see `algorithms.vocabulary`),
+    what the seeds read included. design: what is
     designed: the "score" (and its group), how to "allocate", or "both". allocation: what is written of it: "sdsa", the
     parameters of SDSA, or "written", a function `allocate(profile, sparsity)`.
     """

@@ -253,7 +253,7 @@ def _conclude(
             "perplexity": {"fitness_nll": best.fitness, "report_nll": reported[-1].nll},
         }
         pool.export(model, best.algorithm, details)
-    written = [c for c in search.lineage if c.answer]  # not seeds, nor what was tuned
+    written = [c for c in search.lineage if c.operator not in ("seed", "tune")]
     counts = {status: sum(c.status == status for c in written) for status in STATUSES}
     spent = search.spend()
     summary = {

@@ -126,9 +126,9 @@ class Ledger:
 
     def answers(self, key: tuple[int, int, str], ask: Callable[[], Sequence[Request]]) -> list[list[Answer]]:
         """Answers per request, in order. key: generation, round, and what is asked for. ask: makes the requests, if
-        the journal does not have their answers. None are asked for in a generation that is closed."""
+        the journal does not have their answers. In a generation that has ended nothing more is asked."""
         place = self._places.get(("answers", *key))
-        if place is None and self.closed(key[0]):
+        if place is None and self.ended(key[0]) is not None:
             return []
         if place is None:
             requests = ask()
@@ -178,17 +178,19 @@ class Ledger:
         place = self._places.get(("evaluation", key, FULL))
         return 0.0 if place is None else self._journal.records[place]["evaluation"]["seconds"]
 
-    def began_generation(self, generation: int) -> bool:
-        """Whether the journal has answers of this generation: a budget that allowed them then allows them now."""
-        return any(name[:2] == ("answers", generation) for name in self._places)
+    def asked(self, generation: int, round_: int) -> bool:
+        """Whether the journal has answers of this round: they were paid for, so they are used."""
+        return ("answers", generation, round_, "round") in self._places
 
-    def closed(self, generation: int) -> bool:
-        """Whether the journal has answers of a later generation: this one ended then as it ended, whatever the budget
-        is by now."""
-        return any(name[0] == "answers" and name[1] > generation for name in self._places)
+    def ended(self, generation: int) -> list[str] | None:
+        """Ids of the candidates that were measured in full in a generation that was committed; None for another. What
+        a budget ended stays ended when it is replayed under a larger one."""
+        place = self._places.get(("generation", generation))
+        return None if place is None else self._use(place)["chosen"]
 
-    def holds(self, algorithm: Algorithm, split: str) -> bool:
-        return ("evaluation", algorithm.key, split) in self._places
+    def end(self, generation: int, chosen: Sequence[str]) -> None:
+        if self.ended(generation) is None:
+            self._append({"kind": "generation", "generation": generation, "chosen": list(chosen)})
 
     def left(self, budget: str) -> float:
         """Of the budget of this name; infinite where it has no bound."""
@@ -225,6 +227,8 @@ def _name(record: dict) -> tuple:
     """What a record is found by."""
     if record["kind"] == "answers":
         return ("answers", record["generation"], record["round"], record["what"])
+    if record["kind"] == "generation":
+        return ("generation", record["generation"])
     return ("evaluation", record["key"], record["split"])
 
 
@@ -235,10 +239,11 @@ def _count(spent: Spent, record: dict) -> None:
             spent.answers += len(texts)
             spent.prompt_tokens += texts[0]["prompt_tokens"] if texts else 0
             spent.completion_tokens += sum(answer["completion_tokens"] for answer in texts)
+    if record["kind"] != "evaluation":
         return
     spent.evaluating += record["seconds"]
     spent.gpu_seconds += record["evaluation"]["seconds"]
     if record["split"] == FULL:
         spent.evaluations += 1
-    elif record["split"] not in ("fresh", "report"):
+    elif record["split"].partition("@")[0] not in ("fresh", "report"):
         spent.cheap += 1

@@ -175,7 +175,8 @@ class Lineage:
         return [
             child
             for child in self.children(name)
-            if child.status in ("invalid", "screened", "failed") or self.edge(name, child.id)["verdict"] == "refuted"
+            if not child.lost
+            and (child.status in ("invalid", "screened", "failed") or self.edge(name, child.id)["verdict"] == "refuted")
         ]
 
     def ancestors_path(self, name: str) -> list[Candidate]:

@@ -42,9 +42,11 @@ def weights(plan: dict[str, float], lineage: Lineage, generation: int) -> dict[s
     base = {name: weight / sum(wanted.values()) for name, weight in wanted.items()}
     gains, costs = dict.fromkeys(base, PRIOR_GAIN), dict.fromkeys(base, PRIOR_COST)
     for candidate in lineage:
-        if candidate.operator in base:
-            gains[candidate.operator] += gain(candidate, lineage)
-            costs[candidate.operator] += cost(candidate)
+        # A repair is on the account of the operator whose answer was broken.
+        operator = lineage[candidate.parents[-1]].operator if candidate.operator == "repair" else candidate.operator
+        if operator in base:
+            gains[operator] += gain(candidate, lineage)
+            costs[operator] += cost(candidate)
     rates = {name: base[name] * gains[name] / costs[name] for name in base}
     still = stagnation(lineage, generation)
     free = min(FREE_MOST, FREE + FREE_STEP * still)

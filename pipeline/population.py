@@ -102,10 +102,12 @@ def read_score(file: Path) -> tuple[Algorithm, bool]:
     none.
     """
     text = _read(file)
-    functions = _functions(file, text)
+    functions = _functions(file, re.sub(r"^#.*\n", "", text, flags=re.MULTILINE))
     if "score" not in functions:
         raise InputError(f"{file} holds no `{FORMS['score']}`")
     said = dict(re.findall(r"^# (group|allocation): (.*\S)", text, re.MULTILINE))
+    if said.get("allocation", "").partition(" ")[0].partition("@")[0] not in (*DEFAULTS, WRITTEN):
+        said.pop("allocation", None)  # a comment that happens to begin so
     if "allocate" in functions:
         per = "layer" if said.get("allocation", "").startswith(f"{WRITTEN}@layer") else "block"
         allocation = Allocation(WRITTEN, per=per, source=functions["allocate"].text)

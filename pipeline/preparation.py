@@ -10,7 +10,7 @@ import torch
 
 from autoprune.algorithms.allocation import OPTIONAL
 from autoprune.algorithms.allocation import needs as features_of
-from autoprune.algorithms.vocabulary import SUMMARIES
+from autoprune.algorithms.vocabulary import STATISTICS, SUMMARIES
 from autoprune.models.catalogue import CATALOGUE
 from autoprune.models.corpora import load_corpus, overlap, token_windows
 from autoprune.models.errors import InputError
@@ -101,7 +101,13 @@ def settled(config: Config) -> Config:
     own = config.target.model if writer.model == SELF else writer.model
     writer = replace(writer, model=absolute(own), answers=absolute(writer.answers))
     data = replace(config.data, **{name: absolute(getattr(config.data, name)) for name in SPLITS})
-    return replace(config, runs=str(Path(config.runs).resolve()), target=target, generator=writer, data=data)
+    read = frozenset().union(*(needs(seed(text).algorithm) for text in config.search.seeds))
+    offered = config.search.statistics
+    offered += tuple(name for name in STATISTICS if name in read and name not in offered)
+    plan = replace(config.search, statistics=offered)
+    return replace(
+        config, search=plan, runs=str(Path(config.runs).resolve()), target=target, generator=writer, data=data
+    )
 
 
 def absolute(name: str) -> str:
@@ -127,7 +133,7 @@ def pool_plan(config: Config, prepared: Prepared, resources: ActorResources) -> 
         dtype=config.target.dtype,
         sparsity=config.target.sparsity,
         splits=prepared.windows,
-        statistics=frozenset(config.search.statistics).union(*(needs(seed) for seed in seeds)),
+        statistics=frozenset(config.search.statistics),
         features=frozenset(written).union(*(features_of(seed.allocation) for seed in seeds)),
         deadline=evaluators.deadline,
         attempts=evaluators.attempts,

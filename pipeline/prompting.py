@@ -65,18 +65,18 @@ class Prompter:
         if round_ > 0 or plan.prompt == "fixed" or not untuned:
             operators.pop("tune", None)
         frequencies = weights(operators, self._lineage, generation) if plan.adapt else operators
-        asker = "improve" if plan.prompt == "topk" else "mutate"
         slots: list[Slot] = []
         for operator in choose(rng, frequencies, plan.prompts):
             if operator == "tune" and any(slot.operator == "tune" for slot in slots):
-                operator = asker
+                others = {name: weight for name, weight in frequencies.items() if name != "tune"}
+                (operator,) = choose(rng, others, 1)
             parents = choose_parents(rng, operator, untuned if operator == "tune" else self.elites())
             slots.append(self._slot(operator, parents, generation + round_ + len(slots)))
         return slots
 
     def _tunable(self, candidate: Candidate) -> bool:
         """Whether it has constants to fill that were not filled before."""
-        tuned = any(child.operator == "tune" for child in self._lineage.children(candidate.id))
+        tuned = any(child.operator == "tune" and not child.lost for child in self._lineage.children(candidate.id))
         return not tuned and candidate.operator != "tune" and bool(constants(candidate.algorithm, self.parts))
 
     def _slot(self, operator: str, parents: tuple[str, ...], turn: int) -> Slot:

@@ -120,12 +120,14 @@ def write_report(folder: Path, lineage: Lineage, summary: dict) -> list[Path]:
 def best_file(lineage: Lineage, summary: dict, best: Candidate) -> str:
     """The best algorithm as a file that `autoprune prune --score` takes, with figures, lineage and command in
     comments."""
-    measure = f"ppl_token@{summary['context']}"
+    corpora, cases = summary["corpora"], summary["config"]["target"].get("further")
+    targets = [f"{summary['target']} to {100 * summary['sparsity']:g}%"]
+    targets += [f"{case['model']} to {100 * case['sparsity']:g}%" for case in cases or ()]
     lines = [
-        f"Found by AutoPrune: {summary['target']} pruned to {100 * summary['sparsity']:g}%, mask only, "
-        f"{summary['dtype']}; written by {summary['generator']}.",
+        f"Found by AutoPrune: {', '.join(targets)}, mask only, {summary['dtype']}; written by {summary['generator']}.",
+        f"Fitness split {corpora['fitness']}, report split {corpora['report']}.",
         "",
-        f"{measure}, fitness split {summary['corpora']['fitness']} and report split {summary['corpora']['report']}:",
+        f"{'; '.join(_headers(summary)[3:])}:",
         *(f"  {row['method']}: {_ppl(row['fitness_nll'])}, {_ppl(row['report_nll'])}" for row in _rows(summary)),
         "",
         "Lineage:",

@@ -113,7 +113,7 @@ class Screen:
         """Those that no fidelity stops, the most promising first. The others become "screened", or "failed" with the
         reason where they could not be measured."""
         left = list(candidates)
-        rivals = {c.id: self._rival(c) for c in left}
+        rivals = {c.id: self.rival(c) for c in left}
         error = noise(self.differences())
         for rung in self._plan.fidelities:
             if not left:
@@ -127,7 +127,7 @@ class Screen:
                     candidate.rungs[rung] = value
             for candidate in (c for c in left if c.status == "proposed"):
                 candidate.rival = rivals[candidate.id].id
-                if self._stops(rung, candidate, rivals[candidate.id], error):
+                if self.stops(rung, candidate, rivals[candidate.id], error):
                     candidate.status = "screened"
             left = [c for c in left if c.status == "proposed"]
         if self._plan.fidelities:
@@ -135,7 +135,7 @@ class Screen:
             left.sort(key=lambda c: c.rungs[last])
         return left
 
-    def _rival(self, candidate: Candidate) -> Candidate:
+    def rival(self, candidate: Candidate) -> Candidate:
         """Who is to be beaten: who holds the candidate's niche; where that is new, or out of the best one's reach, the
         best of all, which a new kind may miss by NEW_SLACK. Without niches the least of the elites."""
         plan = self._plan
@@ -144,7 +144,8 @@ class Screen:
         holder = incumbents(self._lineage).get(niche(candidate, self._lineage, plan.niche_radius))
         return holder if holder and within_reach(holder, self._lineage) else self._lineage.evaluated()[0]
 
-    def _stops(self, rung: str, candidate: Candidate, rival: Candidate, error: float) -> bool:
+    def stops(self, rung: str, candidate: Candidate, rival: Candidate, error: float) -> bool:
+        """Whether a fidelity, which has measured the candidate, finds it worse than its rival. error: see `noise`."""
         value = candidate.rungs[rung]
         if rung == "cheap":
             place = niche(candidate, self._lineage, self._plan.niche_radius)

@@ -32,8 +32,6 @@ from autoprune.pipeline.prompting import Prompter, Slot
 from autoprune.pipeline.screening import Screen, reading, subset_nll
 
 CHECKPOINT = "checkpoint"  # in the run folder
-LINES = 3  # that may stand above an answer's return
-SIMPLE_LINES = 1  # in an answer that is to be simpler
 
 
 class Tracker(Protocol):
@@ -86,7 +84,8 @@ class Search:
         if self._done < 0:
             self._commit(0, [seed(text) for text in self.config.search.seeds])
         for generation in range(max(1, self._done + 1), self.config.search.generations + 1):
-            budget = None if self.ledger.began_generation(generation) else self.ledger.exhausted()
+            begun = self.ledger.asked(generation, 0) or self.ledger.ended(generation) is not None
+            budget = None if begun else self.ledger.exhausted()
             if budget:
                 self.progress.say(f"the search ends before generation {generation}: {budget} is used up")
                 break
@@ -126,7 +125,8 @@ class Search:
             repairs -= len(broken)
             candidates += self._repaired(generation, round_, broken, candidates)
             fresh = sum(c.status == "proposed" for c in candidates)
-            if fresh >= plan.candidates or (self.ledger.exhausted() and not self.ledger.closed(generation)):
+            enough = fresh >= plan.candidates or self.ledger.ended(generation) is not None or self.ledger.exhausted()
+            if enough and not self.ledger.asked(generation, round_ + 1):
                 break
         self.progress.say(f"generation {generation}: {len(candidates)} answers, {fresh} new algorithms")
         return candidates
@@ -229,7 +229,8 @@ class Search:
         known = {c.mask_hash: c.id for c in settled}
         for candidate, probe in zip(readable, probes, strict=True):
             if probe.error is not None:
-                candidate.status, candidate.error = "invalid", probe.error
+                candidate.status, candidate.error = "failed" if probe.lost else "invalid", probe.error
+                candidate.lost = probe.lost
                 continue
             candidate.mask, candidate.mask_hash = probe.mask, probe.mask_hash
             if probe.mask_hash in known:
@@ -251,6 +252,7 @@ class Search:
             candidate.status = "evaluated" if evaluation.error is None else "failed"
             candidate.evaluation = evaluation if evaluation.error is None else None
             candidate.error, candidate.lost = evaluation.error, evaluation.lost
+        self.ledger.end(generation, [c.id for c in chosen])
         if generation == 0 and not any(c.status == "evaluated" for c in candidates):
             errors = "; ".join(f"{c.id}: {c.error}" for c in candidates)
             raise InputError(f"none of the seeds could be measured ({errors})")
@@ -268,11 +270,9 @@ class Search:
 
     def _within_budget(self, generation: int, candidates: list[Candidate]) -> list[Candidate]:
         """Those that pass the fidelities, as many as a generation and the budget allow; the rest is surplus."""
-        passed = self.screen.passed(candidates)
+        passed, before = self.screen.passed(candidates), self.ledger.ended(generation)
         room = int(min(self.config.search.candidates, self.ledger.left("evaluations")))
-        chosen = passed[:room]
-        if self.ledger.closed(generation):  # what was within the budget then
-            chosen = [c for c in passed[: self.config.search.candidates] if self.ledger.holds(c.algorithm, FULL)]
+        chosen = passed[:room] if before is None else [c for c in passed if c.id in before]
         for candidate in passed:
             if candidate not in chosen:
                 candidate.status = "surplus"

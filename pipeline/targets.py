@@ -12,6 +12,8 @@ from autoprune.pipeline.ledger import FULL
 
 REPORT = "report"
 
+AT_A_TIME = 8  # algorithms that go through all cases together
+
 
 class Pool(Protocol):
     """An evaluator that measures at any sparsity."""
@@ -34,7 +36,7 @@ class Case:
     name: str
 
     def excess(self, evaluation: Evaluation, split: str) -> Evaluation:
-        """The measurement in nats above the dense model's, window by window; on the probe, as it is."""
+        """The measurement in nats above the dense model's, window by window."""
         base, bracket, rest = split.partition("[")
         if base not in self.pool.dense or not evaluation.window_nlls:
             return evaluation
@@ -92,10 +94,13 @@ class Cases:
             case = self.cases[int(number)]
             yield from case.pool.evaluate(jobs, base, case.sparsity)
             return
-        found: list[list[Evaluation]] = [[] for _ in jobs]
-        for case in self.cases:
-            for index, evaluation in case.pool.evaluate(jobs, split, case.sparsity):
-                usable = evaluation.error is None
-                found[index].append(case.excess(evaluation, split) if usable else evaluation)
-                if len(found[index]) == len(self.cases):
-                    yield index, combine(found[index], self._worst)
+        # A few at a time, so that what a killed search has measured of all cases is in its journal.
+        for first in range(0, len(jobs), AT_A_TIME):
+            found: dict[int, list[Evaluation]] = {index: [] for index in range(len(jobs))[first : first + AT_A_TIME]}
+            for case in self.cases:
+                left = [index for index, own in found.items() if all(e.error is None for e in own)]
+                for place, evaluation in case.pool.evaluate([jobs[index] for index in left], split, case.sparsity):
+                    usable = evaluation.error is None
+                    found[left[place]].append(case.excess(evaluation, split) if usable else evaluation)
+            for index, own in found.items():
+                yield index, combine(own, self._worst)

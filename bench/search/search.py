@@ -29,7 +29,7 @@ from autoprune.pipeline.lineage import paired_difference
 from autoprune.pipeline.preparation import pool_plan, prepare, settled
 from autoprune.pipeline.progress import ConsoleProgress
 from autoprune.pipeline.report import algorithm_text
-from autoprune.pipeline.screening import NEW_SLACK, rank_correlation
+from autoprune.pipeline.screening import NEW_SLACK, noise, rank_correlation, reading
 from autoprune.pipeline.search import Search
 
 HERE = Path(__file__).parent
@@ -60,12 +60,51 @@ class Untracked:
 
 
 def configuration(runs: Path, arm: str, seed: int, overrides: list[str]) -> Config:
-    """Of one search; its folder is made, and told what it is."""
+    """Of one search, whose folder is made."""
     settings = [f"name={arm}-{seed}", f"runs={runs}", f"seed={seed}", *(ARMS | ABLATIONS)[arm], *overrides]
     config = settled(load_config(HERE / "search.yaml", settings))
     config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / "bench.json").write_text(json.dumps({"settings": settings}))
     return config
+
+
+def plan(arm: str, seed: int, overrides: list[str]) -> dict:
+    """What a result rests on: the configuration without its place."""
+    own = [f"seed={seed}", *(ARMS | ABLATIONS)[arm], *overrides]
+    return {key: value for key, value in load_config(HERE / "search.yaml", own).to_dict().items() if key != "runs"}
+
+
+def finished(arm: str, seed: int, overrides: list[str]) -> bool:
+    """Whether there is a result; SystemExit where it is of another configuration."""
+    path = RESULTS / f"{arm}-{seed}.json"
+    if path.exists() and json.loads(path.read_text())["config"] != plan(arm, seed, overrides):
+        raise SystemExit(
+            f"{path} is of another configuration: move it away, or leave --set and search.yaml as they were"
+        )
+    return path.exists()
+
+
+def fidelity(search: Search, count: int) -> dict:
+    """`count` candidates of a finished search, also such as were stopped, on every fidelity: how these rank, and whom
+    each would stop at the end of the search, rightly or not. Evenly spaced in proposal order, all different."""
+    valid = [c for c in search.lineage if c.mask_hash and c.operator not in ("seed", "tune")]
+    distinct = list({c.mask_hash: c for c in valid}.values())
+    chosen = [distinct[i * len(distinct) // count] for i in range(count)] if len(distinct) > count else distinct
+    algorithms = [c.algorithm for c in chosen]
+    for rung in ("probe", "cheap"):
+        for candidate, evaluation in zip(chosen, search.screen.measure(rung, algorithms), strict=True):
+            value = reading(rung, evaluation)
+            candidate.rungs |= {} if value is None else {rung: value}
+    levels = dict(zip([c.id for c in chosen], [e.nll for e in search.measure(algorithms, "fitness")], strict=True))
+    known = [c for c in chosen if levels[c.id] is not None and len(c.rungs) == 2]
+    found: dict = {"candidates": len(known), "noise": noise(search.screen.differences())}
+    for rung in ("probe", "cheap"):
+        stopped = [c for c in known if search.screen.stops(rung, c, search.screen.rival(c), found["noise"])]
+        found[rung] = {
+            "rank_correlation": rank_correlation([(c.rungs[rung], levels[c.id]) for c in known]),
+            "stopped": len(stopped),
+            "of_these_better_than_their_rival": sum(levels[c.id] < search.screen.rival(c).fitness for c in stopped),
+        }
+    return found | {"measured": [[c.id, c.rungs["probe"], c.rungs["cheap"], levels[c.id]] for c in known]}
 
 
 def result(search: Search, seconds: float) -> dict:
@@ -124,7 +163,7 @@ def result(search: Search, seconds: float) -> dict:
     }
 
 
-def run(runs: Path, jobs: list[tuple[str, int]], overrides: list[str]) -> None:
+def run(runs: Path, jobs: list[tuple[str, int]], overrides: list[str], count: int) -> None:
     progress = ConsoleProgress()
     configs = {job: configuration(runs, *job, overrides) for job in jobs}
     first = next(iter(configs.values()))
@@ -151,7 +190,9 @@ def run(runs: Path, jobs: list[tuple[str, int]], overrides: list[str]) -> None:
                 search = Search(config, config.folder, generator, pool, Untracked(), progress)
                 search.run()
                 found = {"arm": arm, "seed": seed, "writer": config.generator.model if kind == "vllm" else kind}
-                found |= result(search, search.spent.total)
+                found |= {"config": plan(arm, seed, overrides)} | result(search, search.spent.total)
+                if count:
+                    found["fidelity"] = fidelity(search, count)
                 RESULTS.mkdir(exist_ok=True)
                 (RESULTS / f"{arm}-{seed}.json").write_text(json.dumps(found, indent=1) + "\n")
                 progress.say(f"=== {arm}, seed {seed}: report {perplexity(found['report_nll']):.2f}")
@@ -203,36 +244,35 @@ def table(found: dict[str, list[dict]]) -> str:
 
 
 def plot(found: dict[str, list[dict]], path: Path) -> None:
+    """Best so far against evaluations and against answers: mean over seeds, and their range. Dots: where searches
+    ended, by whichever budget was used up first."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for arm, runs in found.items():
-        if arm not in ARMS:
-            continue
-        colour = f"C{list(ARMS).index(arm)}"
-        curves = (
-            [[(i + 1, perplexity(v)) for i, v in enumerate(r["best_by_evaluations"])] for r in runs],
-            [[(answers, perplexity(v)) for answers, v in r["best_by_answers"]] for r in runs],
-        )
-        for axis, own in zip(axes, curves, strict=True):
-            grid = np.arange(0, max(x for curve in own for x, _ in curve) + 1)
+    for arm in (arm for arm in ARMS if arm in found):
+        runs, colour = found[arm], f"C{list(ARMS).index(arm)}"
+        by_evaluations = [[(i + 1, v) for i, v in enumerate(r["best_by_evaluations"])] for r in runs]
+        by_answers = [[tuple(point) for point in r["best_by_answers"]] for r in runs]
+        for axis, curves in zip(axes, (by_evaluations, by_answers), strict=True):
+            grid = range(max(c[0][0] for c in curves), max(c[-1][0] for c in curves) + 1)
             # The best so far is a staircase: between two points the earlier one holds.
-            steps = np.array(
-                [[next((y for x, y in reversed(curve) if x <= at), np.nan) for at in grid] for curve in own]
-            )
-            axis.plot(grid, np.nanmean(steps, axis=0), color=colour, label=f"{arm} ({len(runs)})")
+            steps = [[perplexity(next(y for x, y in reversed(c) if x <= at)) for at in grid] for c in curves]
+            columns = list(zip(*steps, strict=True))
+            mean = [statistics.fmean(column) for column in columns]
+            axis.step(grid, mean, where="post", color=colour, label=f"{arm} ({len(runs)})")
+            axis.plot([c[-1][0] for c in curves], [perplexity(c[-1][1]) for c in curves], "o", color=colour, ms=4)
             if len(runs) > 1:
-                axis.fill_between(grid, steps.min(axis=0), steps.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-    axes[0].set(xlabel="evaluations on the fitness split", ylabel="best perplexity, fitness split", yscale="log")
+                low, high = map(min, columns), map(max, columns)
+                axis.fill_between(grid, list(low), list(high), step="post", color=colour, alpha=0.15, linewidth=0)
+    axes[0].set(xlabel="evaluations on the whole fitness split", ylabel="best perplexity on the fitness split")
     axes[1].set(xlabel="answers")
     for axis in axes:
-        axis.grid(alpha=0.3, which="both")
+        axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, title="mean, and range over seeds")
+    axes[0].legend(frameon=False, title="mean and range over seeds")
     figure.savefig(path, dpi=120)
 
 
@@ -242,13 +282,14 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=[*ARMS, *ABLATIONS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--fidelity", type=int, default=0, metavar="N", help="also measure N of each on all fidelities")
     parser.add_argument("--only-report", action="store_true")
     options = parser.parse_args()
     jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
-    jobs = [(arm, seed) for arm, seed in jobs if not (RESULTS / f"{arm}-{seed}.json").exists()]
+    jobs = [job for job in jobs if not finished(*job, options.set)]
     if jobs and not options.only_report:
         began = time.monotonic()
-        run(options.runs.resolve(), jobs, options.set)
+        run(options.runs.resolve(), jobs, options.set, options.fidelity)
         print(f"{len(jobs)} searches in {(time.monotonic() - began) / 60:.0f} min", file=sys.stderr)
     found = results()
     (HERE / "table.md").write_text(table(found))

@@ -65,7 +65,7 @@ def test_what_the_search_has_not_come_to_is_not_spent(make):
     assert again.spent.answers == 2 and again.spent.evaluations == 0 and again.left("evaluations") == 2
     again.measure([TWO], "fitness")
     assert again.left("evaluations") == 1 and again.spent.total == 12.0
-    assert again.began_generation(1) and not again.began_generation(2)
+    assert again.asked(1, 0) and not again.asked(1, 1)
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,23 @@ def test_what_the_actors_lost_may_be_measured_again(make):
     assert found.nll == 1.0 and len(make.worker.measured) == 2
 
 
-def test_a_generation_that_was_followed_by_another_asks_nothing_more(make):
+def test_a_generation_that_ended_asks_nothing_more(make):
     ledger = make()
     ledger.answers((1, 0, "round"), lambda: [REQUEST])
-    ledger.answers((2, 0, "round"), lambda: [REQUEST])
+    ledger.end(1, ["a", "b"])
     again = make()
-    assert again.closed(1) and not again.closed(2)
-    assert again.answers((1, 1, "round"), lambda: [REQUEST]) == [] and make.worker.asked == 2
-    assert again.answers((2, 1, "round"), lambda: [REQUEST]) and make.worker.asked == 3
+    assert again.ended(1) == ["a", "b"] and again.ended(2) is None
+    assert again.answers((1, 1, "round"), lambda: [REQUEST]) == [] and make.worker.asked == 1
+    assert again.answers((2, 0, "round"), lambda: [REQUEST]) and make.worker.asked == 2
+    again.end(1, ["c"])
+    assert make().ended(1) == ["a", "b"], "what was chosen stays chosen"
+
+
+def test_one_case_on_the_report_split_is_no_cheap_measurement(make):
+    ledger = make()
+    ledger.measure([ONE], "report@1")
+    ledger.measure([ONE], "probe")
+    assert ledger.spent.cheap == 1
 
 
 def test_records_between_those_that_were_used_are_not_spent(make):
