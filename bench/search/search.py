@@ -12,6 +12,7 @@ search, and is not run again; table.md and search.png are made of these files.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -71,6 +72,18 @@ def plan(arm: str, seed: int, overrides: list[str]) -> dict:
     """What a result rests on: the configuration without its place."""
     own = [f"seed={seed}", *(ARMS | ABLATIONS)[arm], *overrides]
     return {key: value for key, value in load_config(HERE / "search.yaml", own).to_dict().items() if key != "runs"}
+
+
+def code() -> str:
+    """Hash of the sources that a result rests on: results of different code are not the same experiment."""
+    root = HERE.parents[1]
+    files = sorted(
+        path for floor in ("pipeline", "actors", "models", "algorithms") for path in (root / floor).rglob("*")
+    )
+    digest = hashlib.sha256()
+    for path in (path for path in files if path.suffix in (".py", ".txt")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def finished(arm: str, seed: int, overrides: list[str]) -> bool:
@@ -190,7 +203,7 @@ def run(runs: Path, jobs: list[tuple[str, int]], overrides: list[str], count: in
                 search = Search(config, config.folder, generator, pool, Untracked(), progress)
                 search.run()
                 found = {"arm": arm, "seed": seed, "writer": config.generator.model if kind == "vllm" else kind}
-                found |= {"config": plan(arm, seed, overrides)} | result(search, search.spent.total)
+                found |= {"code": code(), "config": plan(arm, seed, overrides)} | result(search, search.spent.total)
                 if count:
                     found["fidelity"] = fidelity(search, count)
                 RESULTS.mkdir(exist_ok=True)
@@ -240,6 +253,9 @@ def table(found: dict[str, list[dict]]) -> str:
             values = [read(r) for r in runs]
             cells.append(_spread([value for value, _ in values], values[0][1]))
         lines.append(f"| {arm} | {len(runs)} | {' | '.join(cells)} |")
+    codes = {r["code"]: f"{arm}-{r['seed']}" for arm, runs in found.items() for r in runs}
+    if len(codes) > 1:
+        lines.append(f"\nOf {len(codes)} versions of the code: {', '.join(sorted(codes))}.")
     return "\n".join(lines) + "\n"
 
 
