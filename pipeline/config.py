@@ -103,7 +103,8 @@ class Evaluators:
 class Data:
     """Three splits of text that must not overlap: what calibrates, what the search sees, and what it never sees.
 
-    Each is a corpus with an optional slice of documents, cut into windows of `context` tokens.
+    Each is a corpus with an optional slice of documents, cut into windows of `context` tokens: the first so many of
+    calibration and report; a search takes its fitness windows evenly spaced over the whole text.
     """
 
     context: int = 512
@@ -131,8 +132,8 @@ class SearchPlan:
     a search that stands still explores more. tuning: measurements on the cheap fidelity for one tuned algorithm.
     fidelities: what a new algorithm must pass before it is measured on the whole fitness split: "probe", the error of
     the hidden states on a short text, and "cheap", its likelihood on `cheap_windows` windows of the fitness split.
-    fresh_windows: of the fitness text after the fitness split; at the end the elites are measured on them, before one
-    is believed to be the best.
+    fresh_windows: of the fitness text, between those of the fitness split; at the end the elites are measured on them,
+    before one is believed to be the best.
     statistics: what the scores that are written may read beside W (see `algorithms.vocabulary`),
     what the seeds read included. design: what is
     designed: the "score" (and its group), how to "allocate", or "both". allocation: what is written of it: "sdsa", the

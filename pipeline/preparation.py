@@ -12,7 +12,7 @@ from autoprune.algorithms.allocation import OPTIONAL
 from autoprune.algorithms.allocation import needs as features_of
 from autoprune.algorithms.vocabulary import STATISTICS, SUMMARIES
 from autoprune.models.catalogue import CATALOGUE
-from autoprune.models.corpora import load_corpus, overlap, token_windows
+from autoprune.models.corpora import Corpus, load_corpus, overlap, token_windows
 from autoprune.models.errors import InputError
 from autoprune.models.loading import load_config as load_model_config
 from autoprune.models.loading import load_tokenizer, resolve_model
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from autoprune.actors.pool import PoolPlan
 
 SPLITS = ("calibration", "fitness", "report")
+FIRST = ("calibration", "report")  # of which the first windows are taken
 FRESH = "fresh"
 PROBE_TOKENS = 128  # of the first window of the calibration text, which the probe fidelity runs
 
@@ -66,21 +67,32 @@ def prepare(config: Config, model: str) -> Prepared:
     return Prepared(model, folder, blocks, _windows(config, texts, load_tokenizer(folder)), hashes)
 
 
-def _windows(config: Config, texts: dict, tokenizer) -> dict[str, torch.Tensor]:
-    """Token windows of every split; the probe is a part of the calibration text, the fresh text follows the fitness
-    split."""
-    counts = {name: getattr(config.data, f"{name}_windows") for name in texts}
-    counts["fitness"] += config.search.fresh_windows
-    windows = {name: token_windows(text, tokenizer, config.data.context, counts[name]) for name, text in texts.items()}
-    fitness = config.data.fitness_windows
-    fresh = windows["fitness"][fitness:]
-    if len(fresh) < 1:
+def _windows(config: Config, texts: dict[str, Corpus], tokenizer) -> dict[str, torch.Tensor]:
+    """Token windows of every split. Calibration and report are the first of their texts, as `prune` and `evaluate` take
+    them; the probe is a part of the first one. Fitness and fresh windows lie evenly spaced over the whole of theirs and
+    between each other: the first few would be of one document, and a search would find what is good for that."""
+    cut = {
+        n: token_windows(texts[n], tokenizer, config.data.context, getattr(config.data, f"{n}_windows")) for n in FIRST
+    }
+    every = token_windows(texts["fitness"], tokenizer, config.data.context)
+    fitness, fresh = spread(len(every), config.data.fitness_windows, config.search.fresh_windows)
+    if not fresh:
         raise InputError(
-            f"data.fitness ({config.data.fitness}) has {len(windows['fitness'])} windows of {config.data.context} "
-            f"tokens: expected more than data.fitness_windows ({fitness}), so that fresh text is left for the elites"
+            f"data.fitness ({config.data.fitness}) has {len(every)} windows of {config.data.context} tokens: expected "
+            f"more than data.fitness_windows ({config.data.fitness_windows}), so that fresh text is left for the elites"
         )
-    probe = windows["calibration"][:1, :PROBE_TOKENS]
-    return windows | {"fitness": windows["fitness"][:fitness], FRESH: fresh, PROBE: probe}
+    probe = cut["calibration"][:1, :PROBE_TOKENS]
+    return cut | {"fitness": every[fitness], FRESH: every[fresh], PROBE: probe}
+
+
+def spread(windows: int, fitness: int, fresh: int) -> tuple[list[int], list[int]]:
+    """Places of so many fitness and fresh windows among all: evenly spaced, each kind over the whole. Where there are
+    too few windows, fewer are fresh."""
+    count = min(fitness + fresh, windows)
+    places = [index * windows // count for index in range(count)]
+    kept = min(fitness, count)
+    own = {index * count // kept for index in range(kept)}
+    return [p for i, p in enumerate(places) if i in own], [p for i, p in enumerate(places) if i not in own]
 
 
 def prepare_all(config: Config) -> dict[str, Prepared]:
