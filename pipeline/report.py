@@ -120,9 +120,9 @@ def write_report(folder: Path, lineage: Lineage, summary: dict) -> list[Path]:
 def best_file(lineage: Lineage, summary: dict, best: Candidate) -> str:
     """The best algorithm as a file that `autoprune prune --score` takes, with figures, lineage and command in
     comments."""
-    corpora, cases = summary["corpora"], summary["config"]["target"].get("further")
-    targets = [f"{summary['target']} to {100 * summary['sparsity']:g}%"]
-    targets += [f"{case['model']} to {100 * case['sparsity']:g}%" for case in cases or ()]
+    corpora = summary["corpora"]
+    alone = f"{summary['target']} to {100 * summary['sparsity']:g}%"
+    targets = [case["name"] for case in summary.get("cases", ())] or [alone]
     lines = [
         f"Found by AutoPrune: {', '.join(targets)}, mask only, {summary['dtype']}; written by {summary['generator']}.",
         f"Fitness split {corpora['fitness']}, report split {corpora['report']}.",
