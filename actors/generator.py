@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from autoprune.actors.guard import guard_session
-from autoprune.actors.messages import Answer, Request, last_line
+from autoprune.actors.messages import Answer, Messages, Request, last_line
 from autoprune.algorithms.algorithm import GROUPS, Allocation
 from autoprune.algorithms.answers import SDSA, SDSA_BOUNDS
 from autoprune.algorithms.derivation import derive
@@ -28,8 +28,6 @@ from autoprune.models.pruning import native_dtype
 
 ANSWER_SEPARATOR = "\n---\n"
 CHARACTERS = 2.5  # that a token of code has, at least, where no tokenizer is at hand
-
-Messages = tuple[tuple[str, str], ...]
 
 
 def estimate(messages: Messages) -> int:
@@ -299,6 +297,9 @@ class GeneticGenerator(GrammarGenerator):
 def _allocate(allocation: Allocation) -> str:
     """An allocation as a function: its own, or what does as its rule does, or the uniform one."""
     return allocation.source or WRITTEN_ALLOCATIONS.get(allocation.name, WRITTEN_ALLOCATIONS["uniform"])
+
+
+BY_CHANCE = {"grammar": GrammarGenerator, "genetic": GeneticGenerator}  # by kind: made from a seed alone
 
 
 class ScriptedGenerator:

@@ -6,6 +6,15 @@ from dataclasses import dataclass
 
 from autoprune.algorithms.algorithm import Algorithm
 
+Messages = tuple[tuple[str, str], ...]  # (role, text) pairs, as chat templates take them
+
+
+def split_places(name: str) -> tuple[str, list[int] | None]:
+    """The split that a name speaks of, and which of its windows; None for all: "fitness[0,3]" are the first and the
+    fourth of "fitness"."""
+    base, bracket, rest = name.partition("[")
+    return base, [int(place) for place in rest.rstrip("]").split(",")] if bracket else None
+
 
 @dataclass(frozen=True)
 class Request:
@@ -18,7 +27,7 @@ class Request:
     offset: how many answers the search asked for before, so that a script goes on where a stopped search was.
     """
 
-    messages: tuple[tuple[str, str], ...]
+    messages: Messages
     n: int
     temperature: float
     max_tokens: int

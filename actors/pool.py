@@ -17,7 +17,7 @@ import ray
 import torch
 
 from autoprune.actors.evaluator import EvaluatorShard
-from autoprune.actors.messages import Evaluation, Probe, last_line
+from autoprune.actors.messages import Evaluation, Probe, last_line, split_places
 from autoprune.actors.placement import ActorResources
 from autoprune.algorithms.algorithm import Algorithm, Sparsities
 from autoprune.algorithms.profiles import BlockProfile
@@ -72,9 +72,9 @@ class _Replica:
 
 
 def split_windows(splits: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """Token windows of a split, or of some of its windows: "fitness[0,3]" are the first and the fourth."""
-    base, bracket, rest = name.partition("[")
-    return splits[base][[int(window) for window in rest.rstrip("]").split(",")]] if bracket else splits[base]
+    """Token windows of a split, or of some of its windows (see `split_places`)."""
+    base, places = split_places(name)
+    return splits[base] if places is None else splits[base][places]
 
 
 def shard_bounds(blocks: int, shards: int) -> list[tuple[int, int]]:

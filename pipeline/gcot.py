@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoprune.actors.messages import Messages
 from autoprune.algorithms.grammar import PARTS
 from autoprune.algorithms.rules import DEFAULTS
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS, SUMMARIES
 from autoprune.algorithms.written import WRITTEN_ALLOCATIONS
 from autoprune.pipeline.lineage import Candidate, Lineage
 
-Messages = tuple[tuple[str, str], ...]
 Count = Callable[[Messages], int]
 
 VERSION = "v1"  # of the templates, the folder that they lie in: what a prompt says is part of what a search was

@@ -21,13 +21,13 @@ from autoprune.models.loading import resolve_model
 from autoprune.pipeline.checkpoint import Journal, load_checkpoint, write_atomic
 from autoprune.pipeline.config import Config, difference, load_config
 from autoprune.pipeline.gcot import VERSION
-from autoprune.pipeline.ledger import JOURNAL
+from autoprune.pipeline.ledger import JOURNAL, REPORT
 from autoprune.pipeline.lineage import STATUSES
 from autoprune.pipeline.preparation import SPLITS, Prepared, pool_plan, prepare_all, settled
 from autoprune.pipeline.progress import ConsoleProgress
 from autoprune.pipeline.report import write_report
 from autoprune.pipeline.search import CHECKPOINT, Search
-from autoprune.pipeline.targets import REPORT, Case, Cases
+from autoprune.pipeline.targets import Case, Cases
 
 CONFIG_FILE = "config.yaml"
 # That are no models.
@@ -63,13 +63,13 @@ def run_search(config: Config, resume: bool, progress: ConsoleProgress) -> Path:
 
 def _prepare_generator(config: Config):
     """The generator, or None where it is an actor that starts later and whose model has been found to exist."""
-    from autoprune.actors.generator import GeneticGenerator, GrammarGenerator, OpenAIGenerator, ScriptedGenerator
+    from autoprune.actors.generator import BY_CHANCE, OpenAIGenerator, ScriptedGenerator
 
     settings = config.generator
     if settings.kind == "openai":
         return OpenAIGenerator(settings.base_url, settings.model, settings.api_key_variable)
-    if settings.kind in ("grammar", "genetic"):
-        return (GrammarGenerator if settings.kind == "grammar" else GeneticGenerator)(config.seed)
+    if settings.kind in BY_CHANCE:
+        return BY_CHANCE[settings.kind](config.seed)
     if settings.kind == "scripted":
         return ScriptedGenerator(Path(settings.answers))
     resolve_model(settings.model)

@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Protocol
 
-from autoprune.actors.messages import Answer, Evaluation, Probe, Request
+from autoprune.actors.messages import Answer, Evaluation, Messages, Probe, Request
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.pipeline.checkpoint import Journal
 from autoprune.pipeline.config import Budgets
 
 JOURNAL = "journal.jsonl"  # in the run folder
-FULL = "fitness"  # the split that budgets.evaluations counts
+# The splits: what budgets.evaluations counts, the cheapest fidelity's, and two that no generation sees.
+FULL, PROBE, FRESH, REPORT = "fitness", "probe", "fresh", "report"
 
 
 class Generator(Protocol):
@@ -24,7 +25,7 @@ class Generator(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> list[list[Answer]]: ...
 
-    def count(self, messages: tuple[tuple[str, str], ...]) -> int: ...
+    def count(self, messages: Messages) -> int: ...
 
 
 class Evaluator(Protocol):
@@ -245,5 +246,5 @@ def _count(spent: Spent, record: dict) -> None:
     spent.gpu_seconds += record["evaluation"]["seconds"]
     if record["split"] == FULL:
         spent.evaluations += 1
-    elif record["split"].partition("@")[0] not in ("fresh", "report"):
+    elif record["split"].partition("@")[0] not in (FRESH, REPORT):
         spent.cheap += 1

@@ -19,8 +19,8 @@ from autoprune.models.loading import load_tokenizer, resolve_model
 from autoprune.models.masking import needs
 from autoprune.models.pruning import check_model, native_dtype
 from autoprune.pipeline.config import SELF, Config
+from autoprune.pipeline.ledger import FRESH, PROBE
 from autoprune.pipeline.population import seed
-from autoprune.pipeline.screening import PROBE
 
 if TYPE_CHECKING:
     from autoprune.actors.placement import ActorResources
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 SPLITS = ("calibration", "fitness", "report")
 FIRST = ("calibration", "report")  # of which the first windows are taken
-FRESH = "fresh"
 PROBE_TOKENS = 128  # of the first window of the calibration text, which the probe fidelity runs
 
 
@@ -44,9 +43,13 @@ class Prepared:
     hashes: dict[str, str]
 
 
-def prepare(config: Config, model: str) -> Prepared:
-    """Look at everything that a search is given. model: the target's, or a further one. Raises InputError, one line,
-    for what cannot be used."""
+def prepare_all(config: Config) -> dict[str, Prepared]:
+    """Look at everything that a search is given, of every model, the target's first. Raises InputError, one line, for
+    what cannot be used, and where two cases are the same."""
+    cases = [(case.model, case.sparsity) for case in (config.target, *config.target.further)]
+    for index, case in enumerate(cases):
+        if case in cases[:index]:
+            raise InputError(f"target.further[{index - 1}] is {case[0]} at {case[1]:g}, which stands there before")
     for text in config.search.seeds:
         seed(text)
     splits = [(name, getattr(config.data, name)) for name in SPLITS]
@@ -57,6 +60,10 @@ def prepare(config: Config, model: str) -> Prepared:
                     f"data.{name} ({spec}) overlaps data.{other} ({other_spec}): give them different texts"
                 )
     texts = {name: load_corpus(spec) for name, spec in splits}
+    return {model: _prepare(config, model, texts) for model in dict.fromkeys(model for model, _ in cases)}
+
+
+def _prepare(config: Config, model: str, texts: dict[str, Corpus]) -> Prepared:
     folder = resolve_model(model)
     check_model(folder, model, config.data.context)
     blocks = load_model_config(folder).get_text_config().num_hidden_layers
@@ -93,15 +100,6 @@ def spread(windows: int, fitness: int, fresh: int) -> tuple[list[int], list[int]
     kept = min(fitness, count)
     own = {index * count // kept for index in range(kept)}
     return [p for i, p in enumerate(places) if i in own], [p for i, p in enumerate(places) if i not in own]
-
-
-def prepare_all(config: Config) -> dict[str, Prepared]:
-    """`prepare` of every model, the target's first. Raises InputError also where two cases are the same."""
-    cases = [(case.model, case.sparsity) for case in (config.target, *config.target.further)]
-    for index, case in enumerate(cases):
-        if case in cases[:index]:
-            raise InputError(f"target.further[{index - 1}] is {case[0]} at {case[1]:g}, which stands there before")
-    return {model: prepare(config, model) for model in dict.fromkeys(model for model, _ in cases)}
 
 
 def settled(config: Config) -> Config:

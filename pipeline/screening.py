@@ -16,7 +16,7 @@ import pandas
 from autoprune.actors.messages import Evaluation
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.pipeline.config import SearchPlan
-from autoprune.pipeline.ledger import FULL
+from autoprune.pipeline.ledger import FULL, PROBE
 from autoprune.pipeline.lineage import Candidate, Lineage
 from autoprune.pipeline.niches import elites, incumbents, niche, within_reach
 
@@ -28,7 +28,6 @@ PRIOR_NOISE = 0.05
 PRIOR_PAIRS = 4  # so many pairs' weight has the prior
 # Nats by which a new kind of algorithm may be worse than the best (a perplexity a tenth higher): children may mend it.
 NEW_SLACK = 0.1
-PROBE = "probe"  # the split
 MOST_SUBSETS = 5_000  # of windows that are tried all; beyond, windows are chosen one by one
 
 

@@ -25,7 +25,7 @@ from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.checkpoint import load_checkpoint, save_checkpoint, write_atomic
 from autoprune.pipeline.config import Config
 from autoprune.pipeline.gcot import repair_prompt
-from autoprune.pipeline.ledger import FULL, Evaluator, Generator, Ledger, Spent
+from autoprune.pipeline.ledger import FRESH, FULL, Evaluator, Generator, Ledger, Spent
 from autoprune.pipeline.lineage import STATUSES, Candidate, Lineage
 from autoprune.pipeline.population import seed
 from autoprune.pipeline.prompting import Prompter, Slot
@@ -97,7 +97,7 @@ class Search:
         best = self.prompter.elites()
         for candidate in self.lineage:  # of an earlier end, before the budget was raised
             candidate.fresh = None
-        for candidate, evaluation in zip(best, self.measure([c.algorithm for c in best], "fresh"), strict=True):
+        for candidate, evaluation in zip(best, self.measure([c.algorithm for c in best], FRESH), strict=True):
             candidate.fresh = evaluation if evaluation.error is None else None
         self._save(self._done)
         winner = self.lineage.best()

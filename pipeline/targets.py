@@ -6,11 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from autoprune.actors.messages import Evaluation, Probe
+from autoprune.actors.messages import Evaluation, Probe, split_places
 from autoprune.algorithms.algorithm import Algorithm
-from autoprune.pipeline.ledger import FULL
-
-REPORT = "report"
+from autoprune.pipeline.ledger import FULL, REPORT
 
 AT_A_TIME = 8  # algorithms that go through all cases together
 
@@ -37,12 +35,12 @@ class Case:
 
     def excess(self, evaluation: Evaluation, split: str) -> Evaluation:
         """The measurement in nats above the dense model's, window by window."""
-        base, bracket, rest = split.partition("[")
+        base, places = split_places(split)
         if base not in self.pool.dense or not evaluation.window_nlls:
             return evaluation
         dense = self.pool.dense[base].window_nlls
-        if bracket:
-            dense = [dense[int(place)] for place in rest.rstrip("]").split(",")]
+        if places is not None:
+            dense = [dense[place] for place in places]
         above = tuple(own - other for own, other in zip(evaluation.window_nlls, dense, strict=True))
         return replace(evaluation, nll=sum(above) / len(above), window_nlls=above)
 

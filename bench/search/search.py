@@ -20,14 +20,14 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from autoprune.actors.generator import GeneticGenerator, GrammarGenerator
+from autoprune.actors.generator import BY_CHANCE
 from autoprune.actors.placement import plan_resources
 from autoprune.actors.pool import EvaluatorPool
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.config import Config, load_config
 from autoprune.pipeline.launch import cluster, signals, start_vllm
 from autoprune.pipeline.lineage import paired_difference
-from autoprune.pipeline.preparation import pool_plan, prepare, settled
+from autoprune.pipeline.preparation import pool_plan, prepare_all, settled
 from autoprune.pipeline.progress import ConsoleProgress
 from autoprune.pipeline.report import algorithm_text
 from autoprune.pipeline.screening import NEW_SLACK, noise, rank_correlation, reading
@@ -145,10 +145,6 @@ def result(search: Search, seconds: float) -> dict:
     slack = {c.id: 0.0 if c.niche == lineage[c.rival].niche else NEW_SLACK for c in judged}
     worse = [c for c in judged if differences[c.id][0] > 2 * differences[c.id][1]]
     wasted = [c for c in worse if differences[c.id][0] > slack[c.id] + 2 * differences[c.id][1]]
-    rungs = {
-        name: [(c.rungs[name], c.fitness) for c in judged if name in c.rungs and c.operator != "tune"]
-        for name in search.config.search.fidelities
-    }
     return {
         "answers": len(written),
         "usable": len(written) - counts["invalid"],
@@ -159,7 +155,7 @@ def result(search: Search, seconds: float) -> dict:
         "cheap_evaluations": spent.cheap,
         "worse_than_rival": len(worse) / max(1, len(judged)),
         "wasted": len(wasted) / max(1, len(judged)),
-        "rank_correlation": {name: rank_correlation(pairs) for name, pairs in rungs.items()},
+        "rank_correlation": search.screen.correlations(),
         "best_by_evaluations": by_evaluations,
         "best_by_answers": by_answers,
         "best": winner.id,
@@ -180,7 +176,7 @@ def run(runs: Path, jobs: list[tuple[str, int]], overrides: list[str], count: in
     progress = ConsoleProgress()
     configs = {job: configuration(runs, *job, overrides) for job in jobs}
     first = next(iter(configs.values()))
-    prepared = prepare(first, first.target.model)
+    prepared = prepare_all(first)[first.target.model]
     with cluster(), signals():
         evaluators = first.evaluators
         own, shared = plan_resources(evaluators.shards, evaluators.replicas, evaluators.threads)
@@ -194,11 +190,7 @@ def run(runs: Path, jobs: list[tuple[str, int]], overrides: list[str], count: in
                 if kind == "vllm" and vllm is None:
                     vllm = start_vllm(config, own)
                     vllm.wait()
-                generator = (
-                    vllm
-                    if kind == "vllm"
-                    else {"genetic": GeneticGenerator, "grammar": GrammarGenerator}[kind](config.seed)
-                )
+                generator = vllm if kind == "vllm" else BY_CHANCE[kind](config.seed)
                 progress.say(f"=== {arm}, seed {seed}")
                 search = Search(config, config.folder, generator, pool, Untracked(), progress)
                 search.run()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from autoprune.actors.evaluator import EvaluatorShard
-from autoprune.actors.generator import GeneticGenerator, GrammarGenerator, ScriptedGenerator
+from autoprune.actors.generator import BY_CHANCE, ScriptedGenerator
 from autoprune.actors.messages import Evaluation
 from autoprune.actors.pool import split_windows
 from autoprune.models.masking import planned_sparsities
@@ -107,7 +107,7 @@ def local_search(folder: Path, evaluator: LocalEvaluator, config: Config | None 
     """config: other than `small_config`, in the same folder."""
     config = config or small_config(folder)
     config.folder.mkdir(parents=True, exist_ok=True)
-    chance = {"grammar": GrammarGenerator, "genetic": GeneticGenerator}.get(config.generator.kind)
+    chance = BY_CHANCE.get(config.generator.kind)
     generator = chance(config.seed) if chance else ScriptedGenerator(Path(config.generator.answers))
     return Search(config, config.folder, generator, evaluator, ListTracker(), SilentProgress())
 

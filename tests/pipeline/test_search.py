@@ -17,17 +17,6 @@ from autoprune.pipeline.lineage import Lineage
 from autoprune.pipeline.report import algorithm_text
 
 
-@pytest.fixture(scope="module")
-def evaluator(tiny_model):
-    return LocalEvaluator(tiny_model, 0.5)
-
-
-@pytest.fixture
-def fresh(evaluator):
-    evaluator.measured, evaluator.die_after = [], None
-    return evaluator
-
-
 def test_a_search_measures_seeds_and_generations(tmp_path, fresh):
     search = finished(tmp_path, fresh)
     ids = [candidate.id for candidate in search.lineage]

@@ -12,17 +12,6 @@ from autoprune.models.errors import InputError
 from autoprune.pipeline.config import Budgets, Config, SearchPlan, check_config
 
 
-@pytest.fixture(scope="module")
-def evaluator(tiny_model):
-    return LocalEvaluator(tiny_model, 0.5)
-
-
-@pytest.fixture
-def fresh(evaluator):
-    evaluator.measured, evaluator.die_after = [], None
-    return evaluator
-
-
 def with_plan(config, **plan):
     return replace(config, search=replace(config.search, **plan))
 

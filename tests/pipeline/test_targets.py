@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from local import LocalEvaluator, local_search, small_config
+from local import local_search, small_config
 
 from autoprune.actors.messages import Evaluation
 from autoprune.models.errors import InputError
@@ -50,11 +50,6 @@ def test_every_case_is_measured_against_its_own_dense_model():
     assert one.nll == pytest.approx(0.7), "a window against the same window"
     (plain,) = (e for _, e in cases.evaluate(["x"], "report@0"))
     assert plain.nll == pytest.approx(3.0), "one case alone is in nats as such"
-
-
-@pytest.fixture(scope="module")
-def evaluator(tiny_model):
-    return LocalEvaluator(tiny_model, 0.5)
 
 
 @pytest.mark.parametrize("how", ["worst", "mean"])
