@@ -33,7 +33,7 @@ from autoprune.pipeline.checkpoint import write_atomic
 from autoprune.pipeline.comparison import Cell, Comparison, Result, Subject, cells
 from autoprune.pipeline.comparison_report import Findings, figure, write_plots, write_tables
 from autoprune.pipeline.launch import signals
-from autoprune.pipeline.preparation import SPLITS, absolute
+from autoprune.pipeline.preparation import SPLITS, absolute, spread
 
 CONFIG_FILE, CELLS = "config.yaml", "cells"  # in the run folder
 
@@ -139,6 +139,11 @@ def _subject(config: Comparison, model: str, texts: dict[str, Corpus]) -> Subjec
     check_model(folder, model, context)
     tokenizer = load_tokenizer(folder)
     limits = {name: getattr(config.data, f"{name}_windows") for name in texts}
+    limits["fitness"] = None
+    windows = {name: token_windows(text, tokenizer, context, limits[name]) for name, text in texts.items()}
+    # As a search does: the first few would be of one document, and what is tuned would be good for that.
+    places, _ = spread(len(windows["fitness"]), config.data.fitness_windows, 0)
+    windows["fitness"] = windows["fitness"][places]
     return Subject(
         model=model,
         folder=folder,
@@ -148,7 +153,7 @@ def _subject(config: Comparison, model: str, texts: dict[str, Corpus]) -> Subjec
             "weights": {path.name: sha256_of(path) for path in sorted(set(weight_files(folder).values()))},
         },
         dtype=config.dtype,
-        windows={name: token_windows(text, tokenizer, context, limits[name]) for name, text in texts.items()},
+        windows=windows,
         texts={name: (text.spec, text.sha256) for name, text in texts.items()},
     )
 

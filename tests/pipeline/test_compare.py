@@ -228,6 +228,13 @@ def changed(config: Comparison, **changes) -> set[str]:
     return {name for name in before if before[name] != after[name]}
 
 
+def test_what_is_tuned_sees_the_whole_fitness_text(config):
+    data = replace(config.data, fitness_windows=999)
+    (every,) = (subject.windows["fitness"] for subject in prepare(replace(config, data=data)))
+    (subject,) = prepare(config)
+    assert subject.windows["fitness"].equal(every[[0, len(every) // 2]]) and len(every) > 10
+
+
 def test_a_cell_s_key_changes_with_what_decides_its_figures_and_with_nothing_else(config, tmp_path, tiny_model):
     names = set(keys(config))
     tuned = {name for name in names if "tuned" in name}
