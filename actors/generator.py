@@ -14,7 +14,7 @@ from pathlib import Path
 from autoprune.actors.guard import guard_session
 from autoprune.actors.messages import Answer, Messages, Request, last_line
 from autoprune.algorithms.algorithm import GROUPS, Allocation
-from autoprune.algorithms.answers import SDSA, SDSA_BOUNDS
+from autoprune.algorithms.answers import SDSA, sdsa_bounds
 from autoprune.algorithms.derivation import derive
 from autoprune.algorithms.grammar import answer_rules
 from autoprune.algorithms.language import parse
@@ -247,7 +247,8 @@ class GeneticGenerator(GrammarGenerator):
     THOUGHT = "varied at random"
     TRIES = 20  # until a variation is in the language
     REGROUPED = 0.25  # share of mutated scores whose group is drawn anew
-    SPREADS = {"tau": (0.5, 2.0), "m": (0.7, 1.4), "depth": (0.6, 1.6)}  # factors of a mutated allocation
+    SPREADS = {"tau": (0.5, 2.0), "m": (0.7, 1.4), "depth": (0.6, 1.6), "taylor": (0.5, 2.0)}  # of a mutated allocation
+    LEAST = {"taylor": 0.25}  # that is spread, else 0.05: from 0 nothing would come
 
     def _answer(self, request: Request, source: random.Random) -> Answer:
         if request.operator == "explore" or not request.parents:
@@ -270,10 +271,10 @@ class GeneticGenerator(GrammarGenerator):
         another rule the default's count."""
         own = [a.allocation if a.allocation.name == SDSA.name else SDSA for a in request.parents]
         settings = []
-        for key, (low, high) in SDSA_BOUNDS.items():
-            value = source.choice(own).parameters[key]
+        for key, (low, high) in sdsa_bounds(request.statistics).items():
+            value = source.choice(own).parameters.get(key, 0.0)
             if request.operator != "crossover" and source.random() < 0.5:
-                value = max(value, 0.05) * source.uniform(*self.SPREADS[key])
+                value = max(value, self.LEAST.get(key, 0.05)) * source.uniform(*self.SPREADS[key])
             settings.append(f"{key}={min(max(value, low), high):.3f}")
         return f"sdsa {' '.join(settings)}"
 

@@ -18,7 +18,7 @@ from autoprune.algorithms.algorithm import Allocation, Sparsities
 from autoprune.algorithms.cost import metered
 from autoprune.algorithms.language import parse_allocation
 from autoprune.algorithms.profiles import BlockProfile, Profile
-from autoprune.algorithms.rules import DEFAULTS, RANGES, RULES, Rule, Units
+from autoprune.algorithms.rules import DEFAULTS, RANGES, RULES, Rule, Units, sdsa_exponent
 
 # No block keeps less than this share of the mean retention: a rule may starve a block, never empty it. Being relative,
 # the floor can be met at every sparsity; a fixed one could not be at 99%. No block keeps more than all of itself.
@@ -26,6 +26,7 @@ RETENTION_FLOOR = 0.1
 PER = ("block", "layer")
 # Summaries that cost more than a look at the weights and are None in a profile unless they were asked for.
 OPTIONAL = frozenset({"log_score_variance", "tail_exponent", "kurtosis", "score_std"})
+TAYLOR = "taylor_mean"  # the summary that gradients leave
 # The rule whose wishes are a program in the algorithm language (`Allocation.source`).
 WRITTEN = "written"
 # Share of the greatest wish that stands for a wish of nothing.
@@ -70,14 +71,21 @@ def check_allocation(allocation: Allocation) -> None:
 
 
 def needs(allocation: Allocation) -> frozenset[str]:
-    """The fields of a `Profile` that an allocation reads and that are None unless asked for: some of OPTIONAL.
+    """The fields of a `Profile` that an allocation reads and that are None unless asked for: some of OPTIONAL, and
+    TAYLOR.
 
     Raises AllocationError for an unknown name.
     """
     _check_name(allocation.name)
     if allocation.name == WRITTEN:
         return OPTIONAL & set(parse_allocation(allocation.source).reads)
-    return OPTIONAL & {RULES[allocation.name].reads}
+    own = {TAYLOR} if allocation.parameters.get("taylor") else set()
+    return own | OPTIONAL & {RULES[allocation.name].reads}
+
+
+def by_layer(allocation: Allocation) -> bool:
+    """Whether layers of one block may get different sparsities."""
+    return allocation.per == "layer" or TAYLOR in needs(allocation)
 
 
 def allocate(allocation: Allocation, profiles: Sequence[BlockProfile], sparsity: float) -> Sparsities:
@@ -95,6 +103,9 @@ def allocate(allocation: Allocation, profiles: Sequence[BlockProfile], sparsity:
     - `sdsa`, our reconstruction of the Skew-aware Dynamic Sparsity Allocation of arXiv 2511.15390, whose details are
       not public: r_u ∝ (((1 − m) + m·U·p_u)·(1 + depth·(1 − b_u/(B − 1))))^e, p = softmax(ln γ / tau), γ the skewness
       of |W|, at most 1.75 times its median over the units, e = (sparsity/R)/1.5, which is 1 at 60%, and at most 2.
+      With the parameter taylor, which is ours alone, the layers are the units: that of each, or of its block, is
+      multiplied by t^(taylor·e), t the layer's mean of |w|·g_rms. So the layers of a block share its budget by what
+      their weights mean to the loss.
     - `owl` (Outlier Weighed Layerwise sparsity, arXiv 2310.05175): r_u = band_u − mean(band) + R,
       band = 2·lam·minmax(z), z the outlier share.
     - `dlp` (Dynamic Layerwise Pruning, arXiv 2505.23807): as `owl` with alpha for lam, z = 1 − I/ΣI, I the mean of the
@@ -121,9 +132,9 @@ def allocate(allocation: Allocation, profiles: Sequence[BlockProfile], sparsity:
     counts = [len(profile.layers) for profile in profiles]
     units: list[Profile] = list(profiles)
     depths = list(range(len(profiles)))
+    if by_layer(allocation) and 0 in counts:
+        raise AllocationError(f"the profile of block {counts.index(0)} has no layers: no allocation per layer")
     if allocation.per == "layer":
-        if 0 in counts:
-            raise AllocationError(f"the profile of block {counts.index(0)} has no layers: no allocation per layer")
         units = [layer for profile in profiles for layer in profile.layers]
         depths = [b for b, count in enumerate(counts) for _ in range(count)]
     if allocation.name == WRITTEN:
@@ -132,7 +143,11 @@ def allocate(allocation: Allocation, profiles: Sequence[BlockProfile], sparsity:
     else:
         rule = RULES[allocation.name]
         described = Units(_summaries(allocation, units, depths), depths, len(profiles), sparsity)
-        wishes = rule.wishes(described, **DEFAULTS[allocation.name] | allocation.parameters)
+        parameters = DEFAULTS[allocation.name] | allocation.parameters
+        taylor = parameters.pop("taylor", 0.0)
+        wishes = rule.wishes(described, **parameters)
+        if taylor:
+            units, wishes = _by_taylor(allocation, profiles, wishes, taylor * sdsa_exponent(sparsity))
 
     kept, floor = 1 - sparsity, RETENTION_FLOOR * (1 - sparsity)
     numels = [unit.numel for unit in units]
@@ -142,7 +157,7 @@ def allocate(allocation: Allocation, profiles: Sequence[BlockProfile], sparsity:
         shares = _fill(wishes, rule.scaled, numels, sparsity, 0.0, 1 - floor)
     else:
         shares = [1 - r for r in _fill(wishes, rule.scaled, numels, kept, floor, 1.0)]
-    if allocation.per == "block":
+    if not by_layer(allocation):
         return [[share] * count for share, count in zip(shares, counts, strict=True)]
     return _nested(shares, counts)
 
@@ -199,6 +214,19 @@ def _summaries(allocation: Allocation, units: Sequence[Profile], depths: Sequenc
     if field is None:
         return []
     return [_measured(allocation, field, unit, depth) for unit, depth in zip(units, depths, strict=True)]
+
+
+def _by_taylor(
+    allocation: Allocation, profiles: Sequence[BlockProfile], wishes: Sequence[float], exponent: float
+) -> tuple[list[Profile], list[float]]:
+    """All layers, and their wishes: those that they or their blocks have, times a power of their mean of |w|·g_rms."""
+    blocks = [index for index, profile in enumerate(profiles) for _ in profile.layers]
+    layers = [layer for profile in profiles for layer in profile.layers]
+    own = wishes if allocation.per == "layer" else [wishes[block] for block in blocks]
+    means = [_measured(allocation, TAYLOR, layer, block) for layer, block in zip(layers, blocks, strict=True)]
+    # Of their greatest, so that the power of what may be very small is a number; a layer without any keeps least.
+    greatest = max(means) or 1.0
+    return layers, [w * max(mean / greatest, LEAST_WISH) ** exponent for w, mean in zip(own, means, strict=True)]
 
 
 def _written(allocation: Allocation, units: Sequence[Profile], depths: Sequence[int], sparsity: float) -> list[float]:

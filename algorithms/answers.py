@@ -23,11 +23,24 @@ from autoprune.algorithms.rules import DEFAULTS
 from autoprune.algorithms.translator import LanguageError
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
 
-# What an answer may choose for SDSA: lowest and highest; where it names none, the rule's default holds.
-SDSA_BOUNDS = {"tau": (0.1, 4.0), "m": (0.0, 0.95), "depth": (0.0, 0.9)}
 SDSA = Allocation("sdsa", dict(DEFAULTS["sdsa"]))
 
 NOBODY = Algorithm("", "row", SDSA)  # the parent of an answer that must say everything
+
+Bounds = dict[str, tuple[float, float]]
+
+
+def sdsa_bounds(statistics: Collection[str]) -> Bounds:
+    """What an answer may choose for SDSA, where these statistics are offered: lowest and highest; what it does not name
+    is the rule's default."""
+    taylor = {"taylor": (0.0, 1.0)} if "g_rms" in statistics else {}
+    return {"tau": (0.1, 4.0), "m": (0.0, 0.95), "depth": (0.0, 0.9)} | taylor
+
+
+def sdsa(parameters: dict[str, float]) -> Allocation:
+    """SDSA with these; without `taylor` where that is 0, so that equal ones are equal."""
+    return replace(SDSA, parameters={key: value for key, value in parameters.items() if value or key != "taylor"})
+
 
 MAX_THOUGHT = 400  # characters of a diagnosis or hypothesis
 MAX_ANSWER = 100_000  # characters
@@ -102,7 +115,7 @@ def _group(line: str) -> str:
     return found[1]
 
 
-def _allocation(line: str) -> Allocation:
+def _allocation(line: str, offered: Bounds) -> Allocation:
     plain = re.sub(r"[`*,()]", " ", line.partition("#")[0]).lower().strip().rstrip(".")
     name, *settings = re.sub(r"\s*=\s*", "=", plain).split() or [""]
     if name == "uniform" and not settings:
@@ -110,15 +123,15 @@ def _allocation(line: str) -> Allocation:
     parameters = dict(SDSA.parameters)
     for setting in settings:
         key, _, value = setting.partition("=")
-        low, high = SDSA_BOUNDS.get(key, (1, 0))
+        low, high = offered.get(key, (1, 0))
         if not re.fullmatch(r"\d*\.?\d+", value) or not low <= float(value) <= high:
             name = ""
         else:
             parameters[key] = float(f"{float(value):.6g}")  # as `Allocation` writes them
     if name != "sdsa":
-        bounds = " ".join(f"{key}={low:g}…{high:g}" for key, (low, high) in SDSA_BOUNDS.items())
+        bounds = " ".join(f"{key}={low:g}…{high:g}" for key, (low, high) in offered.items())
         raise LanguageError(f"the allocation is '{line[:80]}', expected 'uniform' or 'sdsa {bounds}'")
-    return Allocation("sdsa", parameters)
+    return sdsa(parameters)
 
 
 def _without_thinking(text: str) -> str:
@@ -325,6 +338,8 @@ def parse_answer(
         if len(parts) == 1 and not found:
             reason = "it was cut at the token limit" if cut else "expected one such as `Allocation: sdsa tau=1 m=0.6`"
             raise LanguageError(f"the answer holds no whole allocation: {reason}")
-        algorithm = replace(algorithm, allocation=_readable(_allocation, found, parent.allocation))
+        offered = sdsa_bounds(statistics)
+        chosen = _readable(lambda line: _allocation(line, offered), found, parent.allocation)
+        algorithm = replace(algorithm, allocation=chosen)
     kinds = tuple(kind for kind in SALVAGES if kind in salvaged)
     return Proposal(_thought(outside, "Diagnosis"), _thought(outside, "Hypothesis"), algorithm, kinds)

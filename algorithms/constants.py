@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from autoprune.algorithms.algorithm import Algorithm
-from autoprune.algorithms.answers import SDSA_BOUNDS
+from autoprune.algorithms.answers import sdsa, sdsa_bounds
 from autoprune.algorithms.reader import canonical
+from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS
 
 LEAST = 0.01  # a smaller number is a guard against a division by zero
 MOST = 1e6  # as does a larger one, in its way
@@ -71,10 +72,12 @@ def _bare(tree: ast.AST) -> list[ast.Constant]:
     return found
 
 
-def constants(algorithm: Algorithm, parts: Collection[str] = EVERY) -> list[Constant]:
+def constants(
+    algorithm: Algorithm, parts: Collection[str] = EVERY, statistics: Collection[str] = DEFAULT_STATISTICS
+) -> list[Constant]:
     """Those of the score, of a written allocation, then SDSA's; marked ones alone where a function marks any.
 
-    parts: of the algorithm, that may be changed.
+    parts: of the algorithm, that may be changed. statistics: that are offered, on which SDSA's parameters depend.
     """
     found: list[Constant] = []
     for name, source in (("score", algorithm.score), ("allocate", algorithm.allocation.source)):
@@ -88,8 +91,8 @@ def constants(algorithm: Algorithm, parts: Collection[str] = EVERY) -> list[Cons
         for index, node in enumerate([] if marks else _bare(tree)):
             found.append(Constant((name, index), node.value, node.value / SPAN, node.value * SPAN))
     if algorithm.allocation.name == "sdsa" and {"allocation", "allocate"} & set(parts):
-        for key, (low, high) in SDSA_BOUNDS.items():
-            value = algorithm.allocation.parameters[key]
+        for key, (low, high) in sdsa_bounds(statistics).items():
+            value = algorithm.allocation.parameters.get(key, 0.0)
             found.append(Constant(("sdsa", key), value, min(low, value), max(high, value)))
     return found
 
@@ -111,7 +114,9 @@ def filled(algorithm: Algorithm, places: Sequence[Constant], values: Point) -> A
                 node.value = chosen[name, index]
         sources[name] = canonical(ast.unparse(ast.fix_missing_locations(tree)))[name].text
     own = {key: value for (name, key), value in chosen.items() if name == "sdsa"}
-    allocation = replace(allocation, source=sources["allocate"], parameters=allocation.parameters | own)
+    if own:
+        allocation = sdsa(allocation.parameters | own)
+    allocation = replace(allocation, source=sources["allocate"])
     return replace(algorithm, score=sources["score"], allocation=allocation)
 
 
@@ -121,17 +126,18 @@ def fill(
     start: float,
     evaluations: int,
     parts: Collection[str] = EVERY,
+    statistics: Collection[str] = DEFAULT_STATISTICS,
 ) -> tuple[Algorithm, float]:
     """The algorithm with the best constants that a pattern search finds, and its measurement.
 
     measure: of a round of algorithms, lower is better, NaN and infinity the worst. start: of the algorithm as it is, a
-    number. parts: see `constants`.
+    number. parts, statistics: see `constants`.
     evaluations: how many others may be measured, all different. From the best so far, each constant in turn is moved
     both ways by a step of its range, and what helped is kept at once; a turn over all constants without gain halves the
     step, down to LAST_STEP. The same measurements lead to the same questions.
     Raises ValueError for an algorithm without constants.
     """
-    places = constants(algorithm, parts)
+    places = constants(algorithm, parts, statistics)
     if not places:
         raise ValueError("the algorithm has no constants to fill")
     best, lowest = tuple(constant.value for constant in places), start

@@ -24,6 +24,7 @@ from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, SIGNED_SUMMARIES
 TAUS = (0.25, 0.5, 0.75, 1, 1.5, 2)
 SLACKS = tuple(i / 10 for i in range(1, 10))
 DEPTHS = tuple(i / 10 for i in range(9))
+TAYLORS = (0, 0.25, 0.5, 0.75, 1)
 FACTORS = (0.1, 0.25, 0.5, 0.75, 2, 3)
 EXPONENTS = (0.25, 0.5, 0.75, 1.5, 2)
 SHARES = (0.5, 0.9, 0.99)
@@ -130,6 +131,7 @@ def _shared_rules(max_locals: int, parts: tuple[str, ...], statistics: tuple[str
         root += ("\nGroup: ", Ref("group"))
     if "allocation" in parts:
         root += ("\nAllocation: sdsa tau=", Ref("tau"), " m=", Ref("slack"), " depth=", Ref("depth"))
+        root += (" taylor=", Ref("taylor")) if "g_rms" in statistics else ()
     if "allocate" in parts:
         root += ("\ndef allocate(profile, sparsity):", Ref("allocate0"))
     if "score" in parts:
@@ -141,6 +143,7 @@ def _shared_rules(max_locals: int, parts: tuple[str, ...], statistics: tuple[str
         "tau": _choice(TAUS),
         "slack": _choice(SLACKS),
         "depth": _choice(DEPTHS),
+        "taylor": _choice(TAYLORS),
         "k": (*_choice(FACTORS), (MARKED_FACTOR,)),
         "e": (*_choice(EXPONENTS), (MARKED_EXPONENT,)),
         "q": _choice(SHARES),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ class Profile:
     singular values, of a block the mean over its layers (AlphaPruning): None unless they were asked for, and the latter
     where a weight has none. kurtosis: of |w|, E[(|w| − μ)⁴] / σ⁴, 0 where |w| is constant; score_std: of A: None
     unless asked for. weight_mean, weight_std: of |w|. input_mean, input_std: of the x_norm of all input features, of a
-    block over those of all its layers. Standard deviations divide by n.
+    block over those of all its layers. taylor_mean: of |w|·g_rms, which is what the loss of a weight costs, to first
+    order (arXiv 1906.10771): None before there are gradients (`with_taylor`). Standard deviations divide by n.
     """
 
     numel: int
@@ -42,6 +43,7 @@ class Profile:
     weight_std: float | None = None
     input_mean: float | None = None
     input_std: float | None = None
+    taylor_mean: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,14 @@ def block_profile(layers: Iterable[tuple[Tensor, Tensor]], wants: Iterable[str] 
     of_block = Moments.merged(weights), block, Moments.merged(norms), Moments.merged(logs)
     outlier_share = 100.0 * outliers / block.count
     return BlockProfile(**_summaries(*of_block, exponent, outlier_share, wants), layers=tuple(parts))
+
+
+def with_taylor(profile: BlockProfile, means: Sequence[float]) -> BlockProfile:
+    """The profile with `taylor_mean`: `means` for its layers, in order, and their mean, weighted with numel, for the
+    block."""
+    layers = tuple(replace(own, taylor_mean=mean) for own, mean in zip(profile.layers, means, strict=True))
+    whole = math.fsum(own.numel * own.taylor_mean for own in layers) / profile.numel
+    return replace(profile, layers=layers, taylor_mean=whole)
 
 
 def _summaries(

@@ -27,7 +27,7 @@ ATP_SPREAD = 0.16
 # The parameters of each rule, with their least and greatest value.
 RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "uniform": {},
-    "sdsa": {"tau": (0.1, 100.0), "m": (0.0, 1.0), "depth": (0.0, 4.0)},
+    "sdsa": {"tau": (0.1, 100.0), "m": (0.0, 1.0), "depth": (0.0, 4.0), "taylor": (0.0, 2.0)},
     "owl": {"lam": (0.0, 0.5)},
     "dlp": {"alpha": (0.0, 0.5)},
     "dsa": {"lam": (0.0, 0.5)},
@@ -38,7 +38,8 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
 # What a parameter is when it is not given. SDSA's were chosen on text that no figure is reported on (C4, at 60%), and
 # before it had a cap: its depth factor takes SmolLM2-135M from 26% to 30% below the perplexity of uniform sparsity, and
 # Qwen2.5-Coder-1.5B from 22% to 47%. So was its exponent (`_sdsa`): it is better than none on both models at 50%, at
-# 70% and for 2:4. ATP's `beta` depends on the number of blocks: see `atp_beta`.
+# 70% and for 2:4. Its parameter `taylor` is none unless it is given, since it takes gradients. ATP's `beta` depends on
+# the number of blocks: see `atp_beta`.
 DEFAULTS: dict[str, dict[str, float]] = {
     "uniform": {},
     "sdsa": {"tau": 1.0, "m": 0.6, "depth": 0.5},
@@ -95,7 +96,7 @@ def _explicit(units: Units) -> list[float]:
 
 
 def _sdsa(units: Units, tau: float, m: float, depth: float) -> list[float]:
-    """(((1 − m) + m·U·p)·(1 + depth·(1 − b/(B − 1))))^e, e being the odds of pruning over SDSA_ODDS, or SDSA_EXPONENT;
+    """(((1 − m) + m·U·p)·(1 + depth·(1 − b/(B − 1))))^e, e as `sdsa_exponent`;
     p is the softmax of ln γ / tau, γ the skewness between SKEWNESS_FLOOR and SKEWNESS_CAP medians.
 
     With s = S·(1 + δ) instead of r = R·(1 + δ), a block that stands out would deviate from the mean by an equal share
@@ -109,11 +110,17 @@ def _sdsa(units: Units, tau: float, m: float, depth: float) -> list[float]:
     exponentials = [math.exp(logit - greatest) for logit in logits]
     mean = math.fsum(exponentials) / len(exponentials)
     last = max(units.blocks - 1, 1)
-    exponent = min(units.sparsity / (1 - units.sparsity) / SDSA_ODDS, SDSA_EXPONENT)
+    exponent = sdsa_exponent(units.sparsity)
     return [
         (((1 - m) + m * e / mean) * (1 + depth * (1 - b / last))) ** exponent
         for e, b in zip(exponentials, units.depths, strict=True)
     ]
+
+
+def sdsa_exponent(sparsity: float) -> float:
+    """The odds of pruning over SDSA_ODDS, or SDSA_EXPONENT: with it SDSA's wishes lie further apart the more is
+    pruned (see `_sdsa`)."""
+    return min(sparsity / (1 - sparsity) / SDSA_ODDS, SDSA_EXPONENT)
 
 
 def _owl(units: Units, lam: float) -> list[float]:

@@ -175,7 +175,7 @@ def _threshold(scores: Scores, k: int, grid: tuple[int], common: dict) -> tuple[
         return below, inside, pick if inside <= room else None
 
     lowest, highest = -scores.ceiling - 1, scores.ceiling
-    low, high = bracket(_sample(scores).tolist(), k / numel, lowest, highest)
+    low, high = bracket(_sample(scores), k / numel, lowest, highest)  # reads two of the sample from the device
     return find(k, lowest, highest, low, high, count)
 
 

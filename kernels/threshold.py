@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 # Of counts below and inside of low < key ≤ high: and, unless there are too many, a function of a rank among those
 # inside, from 0: the key there, how many inside are lower, how many equal it.
 Count = Callable[[int, int], tuple[int, int, Callable[[int], tuple[int, int, int]] | None]]
 
 
-def bracket(sample: Sequence[int], share: float, lowest: int, highest: int) -> tuple[int, int]:
+def bracket(sample: Sequence[int] | Tensor, share: float, lowest: int, highest: int) -> tuple[int, int]:
     """low, high, between which the key probably lies that has this share of all keys below it: above the one, not above
     the other. sample: sorted; lowest, highest: what is so for certain."""
     size = len(sample)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from autoprune.algorithms.algorithm import Algorithm, Group, Sparsities
-from autoprune.algorithms.allocation import allocate, nm_counts
+from autoprune.algorithms.allocation import TAYLOR, allocate, by_layer, nm_counts
+from autoprune.algorithms.allocation import needs as features_of
 from autoprune.algorithms.cost import metered
 from autoprune.algorithms.language import Program, parse
 from autoprune.algorithms.profiles import BlockProfile
@@ -27,8 +28,10 @@ _WANDA, _MAGNITUDE = (parse(BASELINES[name].source).source for name in ("wanda",
 
 
 def needs(algorithm: Algorithm) -> frozenset[str]:
-    """Names of the statistics that an algorithm reads; "gram" where it needs the Gram matrix of the inputs itself."""
+    """Names of the statistics that an algorithm and its allocation read; "gram" where it needs the Gram matrix of the
+    inputs itself."""
     reads = frozenset() if algorithm.score in NATIVE else frozenset(parse(algorithm.score).reads)
+    reads |= {"g_rms"} if TAYLOR in features_of(algorithm.allocation) else set()
     return reads | {"gram"} if algorithm.score in NATIVE or algorithm.update != "none" else reads
 
 
@@ -40,7 +43,7 @@ def planned_sparsities(algorithm: Algorithm, profiles: Sequence[BlockProfile], s
         return planned
     retentions = [[1 - s for s in block] for block in planned]
     numels = [[layer.numel for layer in profile.layers] for profile in profiles]
-    if algorithm.allocation.per == "block":  # one n for the whole block, as one sparsity
+    if not by_layer(algorithm.allocation):  # one n for the whole block, as one sparsity
         counts = nm_counts([row[:1] for row in retentions], [[sum(row)] for row in numels], group.second)
         counts = [row * len(layers) for row, layers in zip(counts, numels, strict=True)]
     else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autoprune.algorithms.algorithm import Algorithm, Sparsities
-from autoprune.algorithms.profiles import BlockProfile, block_profile
+from autoprune.algorithms.profiles import BlockProfile, block_profile, with_taylor
 from autoprune.algorithms.statistics import GRAM_READERS, InputMoments, NotFiniteError
 from autoprune.models.blocks import DecoderRange
 from autoprune.models.calibration import input_moments, squared_gradients
@@ -140,7 +140,7 @@ class ModelShard:
 
     def backward(self, upstream: Tensor) -> Tensor:
         """After `calibrate` with "g_rms": gradients of the mean NLL of each window by every prunable weight, over the
-        first GRADIENT_WINDOWS windows.
+        first GRADIENT_WINDOWS windows; with them `profiles` get their `taylor_mean`.
 
         upstream: the token windows for the last shard, otherwise what the shard after this one returned. Returns the
         gradient by the hidden states that entered this shard. Blocks are visited last to first, one at a time.
@@ -163,8 +163,10 @@ class ModelShard:
                 squares, gradient = squared_gradients(
                     layers, states, lambda hidden, i=index: self.model.run(i, hidden), gradient
                 )
-            windows = len(gradient)
-            means = {name: (square / windows).sqrt_().cpu() for name, square in squares.items()}
+                windows = len(gradient)
+                means = {name: (square / windows).sqrt_().cpu() for name, square in squares.items()}
+                taylor = [_taylor_mean(layer.weight, means[layer.name]) for layer in layers]
+                self.profiles[index] = with_taylor(self.profiles[index], taylor)
             self.gradients.put(index, means)
         self._calibrated = None
         return gradient.cpu()
@@ -297,6 +299,11 @@ class ModelShard:
         for chunk, out in zip(hidden.split(WINDOWS_AT_ONCE), left.split(WINDOWS_AT_ONCE), strict=True):
             out.copy_(self.model.run(index, chunk.to(self.device)))
         return left
+
+
+def _taylor_mean(weight: Tensor, gradient: Tensor) -> float:
+    """Mean of |w|·g over a layer."""
+    return float((weight.detach().cpu().float().abs() * gradient).mean(dtype=torch.float64))
 
 
 def _norm_or_zeros(moments: InputMoments) -> Tensor:

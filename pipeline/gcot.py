@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoprune.actors.messages import Messages
+from autoprune.algorithms.answers import sdsa_bounds
 from autoprune.algorithms.grammar import PARTS
 from autoprune.algorithms.rules import DEFAULTS
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS, SUMMARIES
@@ -22,7 +23,7 @@ from autoprune.pipeline.lineage import Candidate, Lineage
 
 Count = Callable[[Messages], int]
 
-VERSION = "v1"  # of the templates, the folder that they lie in: what a prompt says is part of what a search was
+VERSION = "v2"  # of the templates, the folder that they lie in: what a prompt says is part of what a search was
 PATH_LIMIT = 5  # ancestors told of, the nearest
 KNOWN_LIMIT = 10  # algorithms listed as written already; more would crowd out the reasoning
 FAILURE_LIMIT = 5  # changes told of that came to nothing, the newest
@@ -144,15 +145,18 @@ def _head(setting: Setting) -> str:
 def _system(setting: Setting) -> str:
     shapes = {"r": "[in]", "m": "[out, in]"}
     statistics = _lines(f"{n}: {STATISTICS[n].description}, {shapes[STATISTICS[n].type]}." for n in setting.statistics)
-    allocation = template("allocation_given")
-    if "allocation" in setting.parts:
+    allocation, forms = template("allocation_given"), dict(FORMS)
+    if "allocation" in setting.parts and "taylor" in sdsa_bounds(setting.statistics):
+        allocation = template("allocation_sdsa_taylor")
+        forms["allocation"] += " taylor=0"
+    elif "allocation" in setting.parts:
         allocation = template("allocation_sdsa")
     elif "allocate" in setting.parts:
         summaries = _lines(f"profile.{name}: {description}." for name, description in SUMMARIES.items())
         allocation = template("allocation_written").format(summaries=summaries)
     if "score" not in setting.parts:
         allocation += "\n" + template("score_given")
-    form = _lines(FORMS[part] for part in setting.parts).format(parameters=", ".join(("W", *setting.statistics)))
+    form = _lines(forms[part] for part in setting.parts).format(parameters=", ".join(("W", *setting.statistics)))
     return template("system").format(statistics=statistics, allocation=allocation, form=form)
 
 

@@ -8,14 +8,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Protocol
 
 from autoprune.actors.messages import Answer, Evaluation, Messages, Probe, Request
 from autoprune.algorithms.algorithm import Algorithm
+from autoprune.models.errors import InputError
 from autoprune.pipeline.checkpoint import Journal
 from autoprune.pipeline.config import Budgets
 
 JOURNAL = "journal.jsonl"  # in the run folder
+# Nats by which a window's likelihood under the dense model may differ on another machine; another text differs by more.
+SAME_DENSE = 0.02
 # The splits: what budgets.evaluations counts, the cheapest fidelity's, and two that no generation sees.
 FULL, PROBE, FRESH, REPORT = "fitness", "probe", "fresh", "report"
 
@@ -93,6 +97,22 @@ class Ledger:
         for place, record in enumerate(self._journal.records):
             self._places[_name(record)] = place
         self._lost: dict[tuple, Evaluation] = {}
+
+    def begin(self, dense: Evaluation) -> None:
+        """Note what the dense model measures on the fitness split; raises InputError where it was not that when the
+        journal was begun, since measurements of other texts, weights or arithmetic are no rivals."""
+        place = self._places.get(("dense",))
+        if place is None:
+            self._append({"kind": "dense", "window_nlls": list(dense.window_nlls)})
+            return
+        before, now = self._use(place)["window_nlls"], dense.window_nlls
+        apart = max((abs(a - b) for a, b in zip(before, now, strict=False)), default=0.0)
+        if len(before) != len(now) or apart > SAME_DENSE:
+            raise InputError(
+                f"{self.folder} cannot go on: the dense model measured {fmean(before):.4f} nats on {len(before)} "
+                f"windows of the fitness text when it began, and {fmean(now):.4f} on {len(now)} now. The text, the "
+                "model or the arithmetic is another: start another run"
+            )
 
     def restore(self, used: Sequence[Sequence[int]], total: float) -> None:
         """Take up where a checkpoint was written: with these records used, after so many seconds."""
@@ -230,6 +250,8 @@ def _name(record: dict) -> tuple:
         return ("answers", record["generation"], record["round"], record["what"])
     if record["kind"] == "generation":
         return ("generation", record["generation"])
+    if record["kind"] == "dense":
+        return ("dense",)
     return ("evaluation", record["key"], record["split"])
 
 

@@ -77,7 +77,11 @@ class Prompter:
     def _tunable(self, candidate: Candidate) -> bool:
         """Whether it has constants to fill that were not filled before."""
         tuned = any(child.operator == "tune" and not child.lost for child in self._lineage.children(candidate.id))
-        return not tuned and candidate.operator != "tune" and bool(constants(candidate.algorithm, self.parts))
+        return (
+            not tuned
+            and candidate.operator != "tune"
+            and bool(constants(candidate.algorithm, self.parts, self._config.search.statistics))
+        )
 
     def _slot(self, operator: str, parents: tuple[str, ...], turn: int) -> Slot:
         """turn: by which mutations of the score and of the allocation come in turn, so that it is known which made the

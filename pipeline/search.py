@@ -69,6 +69,7 @@ class Search:
             self.folder, self.generator, self.evaluator, self.config.budgets, self.progress.step, **clock
         )
         self.screen = Screen(self.config.search, self.lineage, self.ledger.measure)
+        self.ledger.begin(self.evaluator.dense[FULL])
         dense = self.evaluator.dense[FULL].nll
         self.prompter = Prompter(self.config, self.lineage, dense, self.generator.count, self.screen.effect)
         self._done = -1
@@ -215,7 +216,10 @@ class Search:
             return [math.inf if value is None else value for value in readings]
 
         start = subset_nll(parent.evaluation, self.screen.windows)
-        candidate.algorithm, _ = fill(parent.algorithm, measure, start, self.config.search.tuning, self.prompter.parts)
+        plan = self.config.search
+        candidate.algorithm, _ = fill(
+            parent.algorithm, measure, start, plan.tuning, self.prompter.parts, plan.statistics
+        )
         candidate.trials = len(trials)
         candidate.hypothesis = f"other constants, the best of {len(trials)} that were tried, on a part of the text"
         return candidate

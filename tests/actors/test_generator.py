@@ -6,9 +6,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from autoprune.actors.generator import GrammarGenerator, OpenAIGenerator
+from autoprune.actors.generator import GeneticGenerator, GrammarGenerator, OpenAIGenerator
 from autoprune.actors.messages import Request
-from autoprune.algorithms.answers import parse_answer
+from autoprune.algorithms.answers import NOBODY, parse_answer
 from autoprune.algorithms.grammar import PARTS, WRITTEN_PARTS
 
 
@@ -78,3 +78,12 @@ def test_what_chance_writes_follows_from_the_seed_and_its_place(parts):
         proposal = parse_answer(answer.text, parts)
         assert proposal.hypothesis == GrammarGenerator.THOUGHT
         assert bool(proposal.algorithm.allocation.source) == ("allocate" in parts)
+
+
+def test_a_mutated_allocation_takes_gradients_into_account_where_there_are_some():
+    (answers,) = GeneticGenerator(0).generate(
+        [Request((), 40, 1.0, 100, operator="mutate", parts=("allocation",), parents=(NOBODY,), statistics=("g_rms",))]
+    )
+    found = [parse_answer(a.text, ("allocation",), NOBODY, ("g_rms",)).algorithm.allocation for a in answers]
+    shares = [allocation.parameters.get("taylor", 0.0) for allocation in found]
+    assert 0.0 in shares and sum(0.1 < share <= 0.5 for share in shares) > 10

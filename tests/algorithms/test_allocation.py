@@ -18,11 +18,12 @@ from autoprune.algorithms.allocation import (
     RETENTION_FLOOR,
     AllocationError,
     allocate,
+    by_layer,
     check_allocation,
     needs,
     nm_counts,
 )
-from autoprune.algorithms.profiles import BlockProfile, Profile
+from autoprune.algorithms.profiles import BlockProfile, Profile, with_taylor
 from autoprune.algorithms.rules import RULES
 
 SUMMARIES = {
@@ -31,6 +32,7 @@ SUMMARIES = {
     "score_mean": st.floats(0, 1e3),
     "log_score_variance": st.floats(0, 50),
     "tail_exponent": st.floats(1, 40),
+    "taylor_mean": st.floats(0, 1e3),
 }
 LAYERS = st.lists(st.builds(Profile, st.integers(1, 10**10), **SUMMARIES), min_size=1, max_size=5)
 SPARSITIES = st.one_of(st.floats(0, 0.999), st.sampled_from([0.0, 0.01, 0.5, 0.6, 0.99]))
@@ -71,12 +73,14 @@ def test_budget_is_exact_and_bounds_hold(data, profiles, per, name, sparsity):
     allocation = Allocation(name, parameters, per, values)
     result = allocate(allocation, profiles, sparsity)
     assert [len(block) for block in result] == [len(profile.layers) for profile in profiles]
-    assert weighted_mean(units, flat(result, per)) == pytest.approx(sparsity, abs=1e-12)
+    apart = by_layer(allocation)
+    if apart == (per == "layer"):
+        assert weighted_mean(units, flat(result, per)) == pytest.approx(sparsity, abs=1e-12)
     layers = units_of(profiles, "layer")
     assert weighted_mean(layers, flat(result, "layer")) == pytest.approx(sparsity, abs=1e-12)
     floor = RETENTION_FLOOR * (1 - sparsity)
     assert all(-1e-15 <= s <= 1 - floor + 1e-15 for block in result for s in block)
-    if per == "block":
+    if not apart:
         assert all(len(set(block)) == 1 for block in result)
     assert result == allocate(allocation, profiles, sparsity)
 
@@ -90,7 +94,7 @@ SENSE = {"sdsa": 1, "owl": 1, "dlp": -1, "dsa": -1, "alphapruning": -1}
 def test_rules_follow_their_summary(data, profiles, per, name, sparsity):
     parameters = {p: data.draw(st.floats(*bounds)) for p, bounds in RANGES[name].items() if p != "depth"}
     if name == "sdsa":
-        parameters["depth"] = 0.0
+        parameters |= {"depth": 0.0, "taylor": 0.0}
     result = flat(allocate(Allocation(name, parameters, per), profiles, sparsity), per)
     summaries = [SENSE[name] * getattr(unit, RULES[name].reads) for unit in units_of(profiles, per)]
     ordered = [s for _, s in sorted(zip(summaries, result, strict=True))]
@@ -110,7 +114,7 @@ def test_equal_units_get_exactly_the_target(name, per):
 @pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.6, 0.99])
 def test_a_single_block_gets_exactly_the_target(name, sparsity):
     middle = {parameter: (low + high) / 2 for parameter, (low, high) in RANGES[name].items()}
-    profile = BlockProfile(7, 1.5, 3.0, 0.1, 1.0, 3.0, layers=(Profile(7, 1.0, 1.0, 1.0),))
+    profile = BlockProfile(7, 1.5, 3.0, 0.1, 1.0, 3.0, layers=(Profile(7, 1.0, 1.0, 1.0, taylor_mean=0.2),))
     values = (0.3,) if name == "explicit" else ()
     for parameters in ({}, middle):
         assert allocate(Allocation(name, parameters, values=values), [profile], sparsity) == [[sparsity]]
@@ -188,6 +192,32 @@ def test_sdsa_equals_its_formula(sparsity, tau, m, depth, per):
     raw = [(share * (1 + depth * (1 - b / 3))) ** exponent for share, b in zip(mixed, DEPTHS[per], strict=True)]
     result = allocate(Allocation("sdsa", {"tau": tau, "m": m, "depth": depth}, per), MODEL, sparsity)
     assert flat(result, per) == pytest.approx(kept(raw, True, units, sparsity), abs=1e-10)
+
+
+@PER
+@CLIPPING
+@pytest.mark.parametrize("taylor", [0.5, 2.0])
+def test_sdsa_shares_by_what_the_loss_of_a_layer_costs(sparsity, taylor, per):
+    """Against the formula: with `taylor` layers are the units, and their blocks, or they themselves, are skewed."""
+    means = iter([0.3, 0.1, 4.0, 2.0, 0.0, 1.5, 0.7])
+    profiles = [with_taylor(profile, [next(means) for _ in profile.layers]) for profile in MODEL]
+    assert profiles[0].taylor_mean == pytest.approx((60 * 0.3 + 40 * 0.1) / 100)
+    exponent = min(2, sparsity / (1 - sparsity) / 1.5)
+    units, layers, parameters = units_of(MODEL, per), units_of(profiles, "layer"), {"tau": 0.5, "m": 0.3, "depth": 1.0}
+    powers = [min(max(u.skewness, 0.05), 1.75 * statistics.median([u.skewness for u in units])) ** 2 for u in units]
+    own = [0.7 + 0.3 * len(units) * power / sum(powers) for power in powers]
+    shares = own if per == "layer" else [own[block] for block in DEPTHS["layer"]]
+    raw = [
+        (share * (1 + 1.0 * (1 - b / 3)) * max(layer.taylor_mean / 4.0, 1e-9) ** taylor) ** exponent
+        for share, b, layer in zip(shares, DEPTHS["layer"], layers, strict=True)
+    ]
+    allocation = Allocation("sdsa", parameters | {"taylor": taylor}, per)
+    result = allocate(allocation, profiles, sparsity)
+    assert flat(result, "layer") == pytest.approx(kept(raw, True, layers, sparsity), abs=1e-9)
+    with pytest.raises(AllocationError, match="reads taylor_mean, which was not measured"):
+        allocate(allocation, MODEL, sparsity)
+    without = Allocation("sdsa", parameters | {"taylor": 0.0}, per)
+    assert allocate(without, MODEL, sparsity) == allocate(Allocation("sdsa", parameters, per), MODEL, sparsity)
 
 
 @PER
@@ -308,6 +338,7 @@ def test_needs_are_the_summaries_that_must_be_asked_for():
     assert {name: needs(Allocation(name)) for name in RANGES} == {
         name: frozenset(wanted.get(name, ())) for name in RANGES
     }
+    assert needs(Allocation("sdsa", {"taylor": 0.5})) == {"taylor_mean"} and not needs(Allocation("sdsa"))
     with pytest.raises(AllocationError, match="did you mean 'owl'"):
         needs(Allocation("olw"))
 
@@ -333,7 +364,7 @@ def test_defaults_are_within_their_ranges():
     for name, parameters in DEFAULTS.items():
         check_allocation(Allocation(name, parameters, values=(0.0, 1.0) if name == "explicit" else ()))
         if name != "atp":  # whose default depends on the number of blocks
-            assert parameters.keys() == RANGES[name].keys()
+            assert parameters.keys() == RANGES[name].keys() - {"taylor"}  # which takes gradients
 
 
 KNOWN = "uniform, sdsa, owl, dlp, dsa, alphapruning, atp, explicit"

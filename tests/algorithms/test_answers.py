@@ -13,6 +13,7 @@ from autoprune.algorithms.grammar import WRITTEN_PARTS, answer_rules
 from autoprune.algorithms.language import parse
 from autoprune.algorithms.probe import probe
 from autoprune.algorithms.translator import LanguageError
+from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS
 
 ANSWER = """Diagnosis: Rows differ in scale.
 Hypothesis: Dividing by the row mean will help.
@@ -322,6 +323,17 @@ def test_an_answer_without_a_function_is_refused():
 def test_allocations_out_of_bounds_are_refused(line):
     with pytest.raises(LanguageError, match="the allocation is"):
         parse_answer(ANSWER.replace("sdsa tau=1 m=0.5 depth=0.2", line))
+
+
+def test_a_share_by_gradients_is_chosen_only_where_gradients_are_offered():
+    answer = ANSWER.replace("depth=0.2", "depth=0.2 taylor=0.5")
+    with pytest.raises(LanguageError, match="the allocation is .* expected 'uniform' or 'sdsa tau=.*depth=0…0.9'"):
+        parse_answer(answer)
+    offered = (*DEFAULT_STATISTICS, "g_rms")
+    chosen = parse_answer(answer, statistics=offered).algorithm.allocation
+    assert chosen.parameters == {"tau": 1, "m": 0.5, "depth": 0.2, "taylor": 0.5}
+    none = parse_answer(answer.replace("taylor=0.5", "taylor=0"), statistics=offered).algorithm.allocation
+    assert none == parse_answer(ANSWER).algorithm.allocation, "0 is what it is where it is not named"
 
 
 def test_unknown_group_is_refused():

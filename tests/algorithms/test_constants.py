@@ -23,6 +23,11 @@ def test_what_is_marked_is_all_there_is_in_that_function():
     found = constants(Algorithm(MARKED, allocation=SDSA))
     assert {(c.place[0], c.value, c.low, c.high) for c in found[:2]} == {("score", 1, 0.5, 2), ("score", -1, -2, 0)}
     assert [c.place[1] for c in found[2:]] == ["tau", "m", "depth"]
+    with_gradients = constants(Algorithm(MARKED, allocation=SDSA), statistics=("x_norm", "g_rms"))
+    assert [(c.place[1], c.value, c.low, c.high) for c in with_gradients[5:]] == [("taylor", 0, 0, 1)]
+    moved = filled(Algorithm(MARKED, allocation=SDSA), with_gradients[5:], (0.25,))
+    assert moved.allocation.parameters == SDSA.parameters | {"taylor": 0.25}
+    assert filled(moved, with_gradients[5:], (0.0,)).allocation == SDSA
     assert constants(Algorithm("def score(W):\n    return W.abs()")) == []
     written = Allocation("written", source="def allocate(profile, sparsity):\n    return profile.depth * 0.5 + 2")
     assert [c.value for c in constants(Algorithm("def score(W):\n    return W.abs()", allocation=written))] == [2, 0.5]

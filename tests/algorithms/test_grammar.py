@@ -27,6 +27,9 @@ HEAD = (
 )
 
 
+# As HEAD, of an answer that is offered every statistic, and so a share of the budget by gradients.
+ALL_HEAD = HEAD.replace("x_norm, x_mean, x_std", ", ".join(STATISTICS)).replace("depth=0.2", "depth=0.2 taylor=0.5")
+
 OFFERS = [DEFAULT_STATISTICS, tuple(STATISTICS), ("g_rms",), ("h_inv_diag", "x_kurtosis"), ()]
 
 
@@ -250,7 +253,7 @@ class TestXgrammar:
         ],
     )
     def test_what_is_offered_can_be_written(self, accepts_all, body):
-        answer = HEAD.replace("x_norm, x_mean, x_std", ", ".join(STATISTICS)) + body
+        answer = ALL_HEAD + body
         assert accepts_all(answer)
         probe(parse_answer(answer, statistics=tuple(STATISTICS)).algorithm, 0.6)
 
@@ -265,7 +268,7 @@ class TestXgrammar:
         ],
     )
     def test_scores_without_a_say_of_W_cannot(self, accepts_all, body):
-        assert not accepts_all(HEAD.replace("x_norm, x_mean, x_std", ", ".join(STATISTICS)) + body)
+        assert not accepts_all(ALL_HEAD + body)
 
 
 @pytest.mark.parametrize("parts", [("allocation",), ("score",), ("group", "allocation"), ("allocate",)])

@@ -277,7 +277,8 @@ def test_parameters_and_trivial_counts(name):
             again = torch.nn.Parameter(torch.ones(4, 32, device=device))
             assert torch.equal(masks.prune_masked(again, kept), bits) and torch.equal(again, weight)
         empty = torch.zeros(3, 0, device=device)
-        assert len(masks.prune_masked(empty, empty.bool())) == len(masks.prune_rows(empty, torch.ones(0), 0)) == 0
+        norms = torch.ones(0, device=device)
+        assert len(masks.prune_masked(empty, empty.bool())) == len(masks.prune_rows(empty, norms, 0)) == 0
 
 
 @pytest.mark.parametrize("name", LANES)

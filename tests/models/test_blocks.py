@@ -17,6 +17,7 @@ from autoprune.models.checkpoint_files import read_tensors, weight_files
 from autoprune.models.errors import InputError
 from autoprune.models.families import check_family
 from autoprune.models.layers import block_layers, replaced
+from autoprune.models.shard import ModelShard
 
 CPU = torch.device("cpu")
 ROUTERS = {  # what chooses and weighs experts, per family
@@ -373,6 +374,35 @@ def test_gradients_flow_also_after_a_pass_in_inference_mode(saved):
         (gradient,) = torch.autograd.grad(part.logits(hidden).square().mean(), layers[0].parameter)
     model(ids).logits.square().mean().backward()
     torch.testing.assert_close(gradient, model.model.layers[0].self_attn.q_proj.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_weights_mean_to_the_loss_is_known_on_every_shard(saved):
+    """taylor_mean against transformers' own gradients, window by window; of two shards, a chain of both."""
+    folder, ids = saved("llama"), tokens(3, 16)
+    model = reference(folder).requires_grad_(True)
+    squares = {}
+    for window in ids.split(1):
+        model.zero_grad()
+        model(window, labels=window).loss.backward()
+        for name, weight in model.named_parameters():
+            squares[name] = squares.get(name, 0) + weight.grad**2 / 3
+    shards = [ModelShard(folder, start, stop, "float32", "cpu") for start, stop in ((0, 1), (1, 4))]
+    states = ids
+    for shard in shards:
+        states = shard.calibrate(states, {"x_norm", "g_rms"})
+    upstream = ids
+    for shard in reversed(shards):
+        upstream = shard.backward(upstream)
+    profiles = [profile for shard in shards for profile in shard.profiles]
+    for block, profile in enumerate(profiles):
+        with (shards[0] if block < 1 else shards[1]).model.open(block if block < 1 else block - 1) as layers:
+            names = [f"model.layers.{block}.{layer.name}.weight" for layer in layers]
+        weights = dict(model.named_parameters())
+        expected = [float((weights[name].abs() * squares[name].sqrt()).mean()) for name in names]
+        assert [layer.taylor_mean for layer in profile.layers] == pytest.approx(expected, rel=1e-3)
+        numels = [layer.numel for layer in profile.layers]
+        whole = sum(n * e for n, e in zip(numels, expected, strict=True)) / sum(numels)
+        assert profile.taylor_mean == pytest.approx(whole, rel=1e-3)
 
 
 def rename(folder, out, change):

@@ -184,8 +184,10 @@ def zeros(folder):
         Algorithm("sparsegpt", "row", update="cg"),
         Algorithm("def score(W, h_inv_diag):\n    return W.square() / h_inv_diag\n"),
         Algorithm("def score(W, g_rms, x_kurtosis):\n    return W.abs() * g_rms + x_kurtosis * 1e-9\n"),
+        replace(WANDA, allocation=Allocation("sdsa", {"taylor": 0.5})),
+        replace(WANDA, group="2:4", allocation=Allocation("sdsa", {"taylor": 1.0})),
     ],
-    ids=["wanda", "matrix-per-layer", "2:4", "obs", "sparsegpt-cg", "h_inv_diag", "g_rms"],
+    ids=["wanda", "matrix-per-layer", "2:4", "obs", "sparsegpt-cg", "h_inv_diag", "g_rms", "taylor", "taylor-2:4"],
 )
 @pytest.mark.parametrize("sequential", [False, True])
 def test_offloading_changes_nothing(tmp_path, tiny_model, text, algorithm, sequential):

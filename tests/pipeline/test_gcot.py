@@ -155,6 +155,8 @@ def test_the_prompt_describes_what_the_grammar_lets_be_read_and_nothing_else(lin
         assert (f"\n{name}: {statistic.description}, {shape}.\n" in system) == (name in offered)
         assert (name in system) == (name in offered)
     assert "{" not in system
+    for text in (system, answer_grammar(statistics=offered)):
+        assert ("taylor=" in text) == ("g_rms" in offered)
 
 
 def test_three_statistics_are_offered_unless_told_otherwise(lineage):
