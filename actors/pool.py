@@ -20,6 +20,7 @@ from autoprune.actors.evaluator import EvaluatorShard
 from autoprune.actors.messages import Evaluation, Probe, last_line, split_places
 from autoprune.actors.placement import ActorResources
 from autoprune.algorithms.algorithm import Algorithm, Sparsities
+from autoprune.algorithms.allocation import AllocationError
 from autoprune.algorithms.profiles import BlockProfile
 from autoprune.algorithms.statistics import NotFiniteError
 from autoprune.models.errors import InputError, Lost
@@ -101,8 +102,9 @@ class EvaluatorPool:
         self._empty = ray.put(torch.empty(0))
         self._replicas = [_Replica(self._new_actors()) for _ in range(self.plan.replicas)]
         prepared = [self._prepare(replica) for replica in self._replicas]
-        for replica, (profiles, dense) in zip(self._replicas, prepared, strict=True):
+        for replica, (gradients, profiles, dense) in zip(self._replicas, prepared, strict=True):
             try:
+                ray.get(gradients)  # what came after them did not wait for how they ended
                 self._profiles = [p for part in ray.get(profiles) for p in part]
                 self.dense = {split: self._collect(split, ray.get(reports)) for split, reports in dense.items()}
             except ray.exceptions.RayError as error:
@@ -126,18 +128,20 @@ class EvaluatorPool:
             for start, stop in self._bounds
         ]
 
-    def _prepare(self, replica: _Replica) -> tuple[list, dict[str, list]]:
+    def _prepare(self, replica: _Replica) -> tuple[list, list, dict[str, list]]:
         """Send calibration and the dense passes to a fresh replica. Returns references, so replicas do not wait."""
         states = self._tokens["calibration"]
         for actor in replica.actors:
             states = actor.calibrate.remote(states, self.plan.statistics, self.plan.features)
+        gradients = []
         if "g_rms" in self.plan.statistics:
             upstream = self._tokens["calibration"]
             for actor in reversed(replica.actors):
                 upstream = actor.backward.remote(upstream)
+            gradients = [upstream]
         profiles = [actor.profiles.remote() for actor in replica.actors]
         dense = {s: self._send(replica, s, None) for s in self.plan.splits if s != "calibration"}
-        return profiles, dense
+        return gradients, profiles, dense
 
     def _send(self, replica: _Replica, split: str, algorithm: Algorithm | None, sparsity: float | None = None) -> list:
         """A chain of calls through a replica's shards; hidden states go from actor to actor, reports come here."""
@@ -202,7 +206,9 @@ class EvaluatorPool:
         any order. sparsity: to prune to, other than the plan's."""
         queue, failures = deque(range(len(jobs))), [0] * len(jobs)
         while queue or any(replica.in_flight for replica in self._replicas):
-            self._fill(queue, jobs, split, sparsity)
+            yield from self._fill(queue, jobs, split, sparsity)
+            if not any(replica.in_flight for replica in self._replicas):
+                continue
             last = {flight.reports[-1]: r for r in self._replicas for flight in list(r.in_flight)[:1]}
             done, _ = ray.wait(list(last), num_returns=1, timeout=1.0)
             for reference in done:
@@ -226,14 +232,21 @@ class EvaluatorPool:
                     reason = f"no result within {self.plan.deadline:g} s"
                     yield from self._recover(replica, queue, failures, reason)
 
-    def _fill(self, queue: deque[int], jobs: Sequence[Algorithm], split: str, sparsity: float | None) -> None:
-        """Keep one candidate per shard in flight, and one waiting, in every replica."""
+    def _fill(
+        self, queue: deque[int], jobs: Sequence[Algorithm], split: str, sparsity: float | None
+    ) -> Iterator[tuple[int, Evaluation]]:
+        """Keep one candidate per shard in flight, and one waiting, in every replica. Yields what cannot be sent: an
+        allocation that does not fit this model."""
         for replica in self._replicas:
             while queue and len(replica.in_flight) <= self.plan.shards:
                 if not replica.in_flight:
                     replica.progressed = time.monotonic()
                 job = queue.popleft()
-                reports = self._send(replica, split, jobs[job], sparsity)
+                try:
+                    reports = self._send(replica, split, jobs[job], sparsity)
+                except AllocationError as error:
+                    yield job, _failed(str(error))
+                    continue
                 replica.in_flight.append(_Flight(job, reports))
 
     def _recover(
@@ -256,9 +269,9 @@ class EvaluatorPool:
         for actor in replica.actors:
             ray.kill(actor)
         replica.actors = self._new_actors()
-        profiles, dense = self._prepare(replica)
+        gradients, profiles, dense = self._prepare(replica)
         try:
-            everything = [*profiles, *(report for reports in dense.values() for report in reports)]
+            everything = [*gradients, *profiles, *(report for reports in dense.values() for report in reports)]
             ray.get(everything, timeout=START * self.plan.deadline)
         except (ray.exceptions.RayError, TimeoutError) as error:
             raise Lost(f"an evaluator could not be replaced ({last_line(error)})") from error

@@ -44,9 +44,9 @@ class Group:
 class Allocation:
     """Which rule turns summaries into sparsities, and its parameters (see `algorithms.allocation`).
 
-    per: "block", or "layer" where each linear layer gets its own sparsity. values: for the rule "explicit" alone, one
-    sparsity per block or layer, from which the budget is met. source: for the rule "written" alone, the text of
-    `allocate(profile, sparsity)` in the algorithm language.
+    per: whose summaries are read: "block", or "layer" where each linear layer gets its own sparsity. values: for the
+    rule "explicit" alone, one sparsity per block or layer, from which the budget is met. source: for the rule "written"
+    alone, the text of `allocate(profile, sparsity)` in the algorithm language.
     """
 
     name: str = "uniform"

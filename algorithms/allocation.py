@@ -104,8 +104,8 @@ def allocate(allocation: Allocation, profiles: Sequence[BlockProfile], sparsity:
       not public: r_u ∝ (((1 − m) + m·U·p_u)·(1 + depth·(1 − b_u/(B − 1))))^e, p = softmax(ln γ / tau), γ the skewness
       of |W|, at most 1.75 times its median over the units, e = (sparsity/R)/1.5, which is 1 at 60%, and at most 2.
       With the parameter taylor, which is ours alone, the layers are the units: that of each, or of its block, is
-      multiplied by t^(taylor·e), t the layer's mean of |w|·g_rms. So the layers of a block share its budget by what
-      their weights mean to the loss.
+      multiplied by t^(taylor·e), t the layer's mean of |w|·g_rms: layers, and with them blocks, keep more where weights
+      mean more to the loss.
     - `owl` (Outlier Weighed Layerwise sparsity, arXiv 2310.05175): r_u = band_u − mean(band) + R,
       band = 2·lam·minmax(z), z the outlier share.
     - `dlp` (Dynamic Layerwise Pruning, arXiv 2505.23807): as `owl` with alpha for lam, z = 1 − I/ΣI, I the mean of the

@@ -115,7 +115,7 @@ def filled(algorithm: Algorithm, places: Sequence[Constant], values: Point) -> A
         sources[name] = canonical(ast.unparse(ast.fix_missing_locations(tree)))[name].text
     own = {key: value for (name, key), value in chosen.items() if name == "sdsa"}
     if own:
-        allocation = sdsa(allocation.parameters | own)
+        allocation = replace(allocation, parameters=sdsa(allocation.parameters | own).parameters)
     allocation = replace(allocation, source=sources["allocate"])
     return replace(algorithm, score=sources["score"], allocation=allocation)
 

@@ -115,6 +115,7 @@ class Chooser:
         self.group = Group.parse(algorithm.group)
         self.program = None if algorithm.score in NATIVE else parse(algorithm.score)
         self.reads = needs(algorithm)
+        self.scores_by_gradients = self.program is not None and "g_rms" in self.program.reads
 
     def block(
         self,

@@ -150,12 +150,12 @@ def calibrate(
     wants = frozenset(statistics)
     try:
         shard.calibrate(tokens, wants, features)
+        if "g_rms" in wants:
+            shard.backward(tokens)
     except NotFiniteError as error:
         raise InputError(f"{error}: {dtype} overflows on this model; try bfloat16 or float32") from None
     except ValueError as error:
         raise InputError(str(error)) from None
-    if "g_rms" in wants:
-        shard.backward(tokens)
 
 
 def _measurement(report: ShardReport, tokens: int, seconds: float) -> Measurement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -144,6 +145,7 @@ class ModelShard:
 
         upstream: the token windows for the last shard, otherwise what the shard after this one returned. Returns the
         gradient by the hidden states that entered this shard. Blocks are visited last to first, one at a time.
+        Raises NotFiniteError, naming block and layer, where a gradient is not finite.
         """
         if self.model.last:
             hidden, tokens = self._calibrated, upstream[:GRADIENT_WINDOWS].to(self.device)
@@ -166,7 +168,14 @@ class ModelShard:
                 windows = len(gradient)
                 means = {name: (square / windows).sqrt_().cpu() for name, square in squares.items()}
                 taylor = [_taylor_mean(layer.weight, means[layer.name]) for layer in layers]
-                self.profiles[index] = with_taylor(self.profiles[index], taylor)
+                for layer, mean in zip(layers, taylor, strict=True):
+                    if not math.isfinite(mean):
+                        where = f"block {self.model.start + index}, {layer.name}"
+                        raise NotFiniteError(f"{where}: the gradient is not finite")
+                # Of experts that no token of these windows reached nothing is known: they are like the others.
+                known = [mean for mean in taylor if mean] or [0.0]
+                filled = [mean or sum(known) / len(known) for mean in taylor]
+                self.profiles[index] = with_taylor(self.profiles[index], filled)
             self.gradients.put(index, means)
         self._calibrated = None
         return gradient.cpu()
@@ -210,7 +219,7 @@ class ModelShard:
             if lane.calibration is not None:
                 moments, _ = self.collect(index, layers, lane.calibration, lane.chooser.reads)
             reads = lane.chooser.reads
-            gradients = self.gradients.get(index) if "g_rms" in reads else {}
+            gradients = self.gradients.get(index) if lane.chooser.scores_by_gradients else {}
             if reads & GRAM_READERS:  # lanes share the factor: its time is none's own
                 for own in moments.values():
                     if own.count and own.gram is not None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from autoprune.algorithms.allocation import by_layer
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.checkpoint import write_atomic
 from autoprune.pipeline.comparison import DENSE, Cell, Comparison, Method, Result, Subject, Target
@@ -275,7 +276,8 @@ def _note(found: Findings, method: Method, target: Target) -> str:
         return ""
     parts = []
     if target.pattern and max(result.block_sparsities) - min(result.block_sparsities) > 1e-6:
-        parts.append(f"not {target.pattern} everywhere: the allocation gives each block its own n of {target.m}")
+        unit = "layer" if by_layer(method.algorithm(target).allocation) else "block"
+        parts.append(f"not {target.pattern} everywhere: the allocation gives each {unit} its own n of {target.m}")
     if abs(result.sparsity - target.share) > SPARSITY_MISSED:
         parts.append(f"{result.sparsity:.2%} achieved")
     if result.fallbacks:

@@ -104,7 +104,7 @@ class Data:
     """Three splits of text that must not overlap: what calibrates, what the search sees, and what it never sees.
 
     Each is a corpus with an optional slice of documents, cut into windows of `context` tokens: the first so many of
-    calibration and report; a search takes its fitness windows evenly spaced over the whole text.
+    calibration and report; fitness windows lie evenly spaced over the whole text.
     """
 
     context: int = 512
@@ -135,7 +135,7 @@ class SearchPlan:
     fresh_windows: of the fitness text, between those of the fitness split; at the end the elites are measured on them,
     before one is believed to be the best.
     statistics: what the scores that are written may read beside W (see `algorithms.vocabulary`),
-    what the seeds read included. design: what is
+    what the seeds read included; with g_rms, SDSA's `taylor` may be chosen, too. design: what is
     designed: the "score" (and its group), how to "allocate", or "both". allocation: what is written of it: "sdsa", the
     parameters of SDSA, or "written", a function `allocate(profile, sparsity)`.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -188,12 +189,11 @@ def _run(
         if settings.kind == "vllm":
             generator.wait()  # it loaded while the evaluators measured the dense model
         evaluator = _evaluator(config, pools)
-        search = Search(config, folder, generator, evaluator, tracker, progress, began)
+        hashes = prepared[config.target.model].hashes
+        search = Search(config, folder, generator, evaluator, tracker, progress, began, hashes)
         search.run()
         pool = pools[config.target.model]
-        artifacts, metrics = _conclude(
-            config, folder, pool, search, prepared[config.target.model].hashes, tracker.ui_command, progress
-        )
+        artifacts, metrics = _conclude(config, folder, pool, search, hashes, tracker.ui_command, progress)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -306,8 +306,13 @@ def _conclude(
         "command": shlex.join(["autoprune", "search", str(folder / CONFIG_FILE), "--set", f"name={config.name}-again"]),
     }
     artifacts = write_report(folder, search.lineage, summary)
-    metrics = {f"report_nll.{row['method'].replace('+', '-').replace(' ', '_')}": row["report_nll"] for row in table}
+    metrics = {f"report_nll.{metric_name(row['method'])}": row["report_nll"] for row in table}
     return [*artifacts, folder / "lineage.json", folder / CONFIG_FILE], metrics
+
+
+def metric_name(method: str) -> str:
+    """A method's text in the letters that MLflow takes for the name of a metric."""
+    return re.sub(r"[^\w./-]", "-", method.replace(" ", "_"))
 
 
 def _row(method: str, candidate, fitness: Evaluation, report: Evaluation) -> dict:

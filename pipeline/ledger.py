@@ -5,7 +5,7 @@ twice; what was spent; and the budgets, of which whichever is reached first ends
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
@@ -98,14 +98,26 @@ class Ledger:
             self._places[_name(record)] = place
         self._lost: dict[tuple, Evaluation] = {}
 
-    def begin(self, dense: Evaluation) -> None:
-        """Note what the dense model measures on the fitness split; raises InputError where it was not that when the
-        journal was begun, since measurements of other texts, weights or arithmetic are no rivals."""
+    def begin(self, now: Sequence[float], texts: Mapping[str, str]) -> None:
+        """Note what the dense models measure on the windows of the fitness split, and the sha256 of the texts; raises
+        InputError where they were others when the journal was begun, since measurements of other texts, weights or
+        arithmetic are no rivals."""
         place = self._places.get(("dense",))
+        if place is None and self._places:
+            raise InputError(
+                f"{self.folder} was begun by a version that did not note on what text it measured: start another run"
+            )
         if place is None:
-            self._append({"kind": "dense", "window_nlls": list(dense.window_nlls)})
+            self._append({"kind": "dense", "window_nlls": list(now), "texts": dict(texts)})
             return
-        before, now = self._use(place)["window_nlls"], dense.window_nlls
+        noted = self._use(place)
+        changed = [name for name, digest in texts.items() if noted["texts"].get(name, digest) != digest]
+        if changed:
+            raise InputError(
+                f"{self.folder} cannot go on: the text of {', '.join(changed)} is not what it was when the search began"
+                ": start another run"
+            )
+        before = noted["window_nlls"]
         apart = max((abs(a - b) for a, b in zip(before, now, strict=False)), default=0.0)
         if len(before) != len(now) or apart > SAME_DENSE:
             raise InputError(

@@ -22,9 +22,10 @@ def changes(parent: Algorithm, child: Algorithm) -> Iterator[str]:
         yield f"group {child.group} instead of {parent.group}"
     old, new = parent.allocation.parameters, child.allocation.parameters
     if parent.allocation.name == child.allocation.name:
-        for name in sorted(old.keys() & new.keys()):
-            if old[name] != new[name]:
-                yield f"{'more' if new[name] > old[name] else 'less'} {name}"
+        for name in sorted(old.keys() | new.keys()):
+            before, after = old.get(name, 0.0), new.get(name, 0.0)  # SDSA's taylor is 0 where it is not there
+            if before != after:
+                yield f"{'more' if after > before else 'less'} {name}"
 
 
 def lessons(lineage: Lineage, effect: Callable[[Candidate, Candidate], float | None]) -> list[str]:

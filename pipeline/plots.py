@@ -289,4 +289,5 @@ def comparison_png(
 def _variant(allocation: str) -> tuple[str, str]:
     """The rule of `NAME[@layer][:tuned or parameters]`, and which of VARIANTS it is."""
     rule, layer, settings = re.fullmatch(r"(\w+)(@layer)?(:.*)?", allocation).groups(default="")
-    return rule, layer + (settings if settings in ("", ":tuned") else ":")
+    by_layer = layer or ("@layer" if "taylor=" in settings else "")
+    return rule, by_layer + (settings if settings in ("", ":tuned") else ":")

@@ -85,6 +85,7 @@ def read_allocation(text: str) -> Allocation:
         else:
             pairs = [part.partition("=") for part in parts]
             parameters = {key.strip(): float(value) for key, _, value in pairs}
+            parameters = {key: value for key, value in parameters.items() if value or key != "taylor"}  # 0 is none
             allocation = Allocation(name, DEFAULTS.get(name, {}) | parameters, per)
         check_allocation(allocation)
     except AllocationError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -61,6 +61,7 @@ class Search:
     tracker: Tracker
     progress: Progress
     began: float | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
     lineage: Lineage = field(default_factory=Lineage)
 
     def __post_init__(self) -> None:
@@ -69,7 +70,8 @@ class Search:
             self.folder, self.generator, self.evaluator, self.config.budgets, self.progress.step, **clock
         )
         self.screen = Screen(self.config.search, self.lineage, self.ledger.measure)
-        self.ledger.begin(self.evaluator.dense[FULL])
+        pools = [case.pool for case in self.evaluator.cases] if self.config.target.further else [self.evaluator]
+        self.ledger.begin([nll for pool in pools for nll in pool.dense[FULL].window_nlls], self.texts)
         dense = self.evaluator.dense[FULL].nll
         self.prompter = Prompter(self.config, self.lineage, dense, self.generator.count, self.screen.effect)
         self._done = -1

@@ -11,6 +11,7 @@ from autoprune.actors.placement import ActorResources
 from autoprune.actors.pool import EvaluatorPool, PoolPlan, shard_bounds
 from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.algorithms.written import WRITTEN_ALLOCATIONS
+from autoprune.models.masking import planned_sparsities
 from autoprune.models.shard import ModelShard
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -112,6 +113,21 @@ def test_an_algorithm_that_raises_fails_alone(pool):
     assert results[1].nll is None
     assert results[0].error is None and results[2].error is None
     assert pool.restarts == before
+
+
+def test_layers_share_by_gradients_and_what_does_not_fit_the_model_fails_alone(pool, tiny_model):
+    """The shares of both shards are those of the whole model."""
+    taylor = replace(WANDA, allocation=Allocation("sdsa", {"taylor": 0.5}))
+    misfit = replace(WANDA, allocation=Allocation("explicit", values=(0.5, 0.5)))
+    found = dict(pool.evaluate([misfit, taylor, misfit]))
+    assert found[0].error == found[2].error and "expected 4 values, one sparsity per block, got 2" in found[0].error
+    shard = ModelShard(tiny_model, 0, 4, "float32", "cpu")
+    shard.calibrate(windows(1), STATISTICS)
+    shard.backward(windows(1))
+    planned = planned_sparsities(taylor, shard.profiles, 0.5)
+    assert len({round(s, 6) for s in planned[0]}) > 1
+    nlls = shard.forward("fitness", windows(2), windows(2), taylor, planned)[1].window_nlls
+    assert found[1].error is None and found[1].nll == pytest.approx(sum(nlls) / 4, rel=1e-5)
 
 
 def test_an_allocation_of_a_candidate_s_own_runs_in_an_evaluator(pool, monkeypatch):

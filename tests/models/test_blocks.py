@@ -398,11 +398,27 @@ def test_what_weights_mean_to_the_loss_is_known_on_every_shard(saved):
         with (shards[0] if block < 1 else shards[1]).model.open(block if block < 1 else block - 1) as layers:
             names = [f"model.layers.{block}.{layer.name}.weight" for layer in layers]
         weights = dict(model.named_parameters())
-        expected = [float((weights[name].abs() * squares[name].sqrt()).mean()) for name in names]
+        expected = [(weights[name].abs() * squares[name].sqrt()).mean().item() for name in names]
         assert [layer.taylor_mean for layer in profile.layers] == pytest.approx(expected, rel=1e-3)
         numels = [layer.numel for layer in profile.layers]
         whole = sum(n * e for n, e in zip(numels, expected, strict=True)) / sum(numels)
         assert profile.taylor_mean == pytest.approx(whole, rel=1e-3)
+
+
+def test_an_expert_without_a_gradient_is_like_the_others_of_its_block(saved):
+    ids = torch.tensor([[5, 5]])  # the same states twice, so two experts of four
+    shard = ModelShard(saved("mixtral"), 0, 2, "float32", "cpu")
+    shard.calibrate(ids, {"x_norm", "g_rms"})
+    shard.backward(ids)
+    for index, profile in enumerate(shard.profiles):
+        means = [layer.taylor_mean for layer in profile.layers]
+        with shard.model.open(index) as layers:
+            gradients = shard.gradients.get(index)
+            reached = [bool(gradients[layer.name].any()) for layer in layers]
+        known = [mean for mean, there in zip(means, reached, strict=True) if there]
+        assert 0 < len(known) < len(means) and min(known) > 0
+        blank = [mean for mean, there in zip(means, reached, strict=True) if not there]
+        assert blank == pytest.approx([sum(known) / len(known)] * len(blank))
 
 
 def rename(folder, out, change):

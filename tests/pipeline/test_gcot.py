@@ -212,6 +212,11 @@ def test_a_baseline_is_read_from_its_text(text, score, group, update, allocation
     assert baseline(text) == Algorithm(source, group, Allocation(allocation, DEFAULTS[allocation], per), update)
 
 
+def test_equal_allocations_have_equal_texts():
+    assert str(baseline("wanda+sdsa:taylor=0").allocation) == str(baseline("wanda+sdsa").allocation)
+    assert str(baseline("wanda+sdsa:taylor=0.5").allocation) == "sdsa depth=0.5 m=0.6 tau=1 taylor=0.5"
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -20,6 +20,7 @@ SDSA = Allocation("sdsa", {"tau": 1.0, "m": 0.6, "depth": 0.5})
         (Algorithm(BOTH, "matrix", SDSA), ["reading g_rms", "group matrix instead of row"]),
         (Algorithm(GRADIENT, "row", SDSA), ["reading g_rms", "no longer reading x_norm"]),
         (Algorithm(WANDA, "row", Allocation("sdsa", {"tau": 0.5, "m": 0.9, "depth": 0.5})), ["more m", "less tau"]),
+        (Algorithm(WANDA, "row", Allocation("sdsa", SDSA.parameters | {"taylor": 0.5})), ["more taylor"]),
         (Algorithm(WANDA, "row", Allocation()), []),
         (
             Algorithm(

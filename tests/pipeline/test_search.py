@@ -77,15 +77,15 @@ def test_a_finished_search_resumed_does_nothing(tmp_path, fresh):
     assert again.spent.answers == first.spent.answers
 
 
-def test_a_search_is_not_resumed_on_another_text(tmp_path, fresh):
+def test_a_search_is_not_resumed_on_another_text(tmp_path, fresh, monkeypatch):
     first = finished(tmp_path, fresh)
     whole = (tmp_path / "run" / "journal.jsonl").read_bytes()
     dense = fresh.dense["fitness"]
     near = tuple(nll + 1e-4 for nll in dense.window_nlls)
-    fresh.dense["fitness"] = replace(dense, window_nlls=near)  # another machine
+    monkeypatch.setitem(fresh.dense, "fitness", replace(dense, window_nlls=near))  # another machine
     assert without_clock(finished(tmp_path, fresh).lineage) == without_clock(first.lineage)
     for other in (dense.window_nlls[1:], (dense.window_nlls[0] + 0.1, *dense.window_nlls[1:])):
-        fresh.dense["fitness"] = replace(dense, window_nlls=other)
+        monkeypatch.setitem(fresh.dense, "fitness", replace(dense, window_nlls=other))
         with pytest.raises(InputError, match="the dense model measured .* The text, the model or the arithmetic"):
             local_search(tmp_path, fresh)
     assert (tmp_path / "run" / "journal.jsonl").read_bytes() == whole

@@ -53,7 +53,7 @@ def test_every_case_is_measured_against_its_own_dense_model():
 
 
 @pytest.mark.parametrize("how", ["worst", "mean"])
-def test_a_search_over_two_sparsities(tmp_path, evaluator, how):
+def test_a_search_over_two_sparsities(tmp_path, evaluator, how, monkeypatch):
     config = small_config(tmp_path)
     config = replace(config, target=replace(config.target, further=(Further("", 0.7),), combine=how))
     cases = Cases([Case(evaluator, 0.5, "half"), Case(evaluator, 0.7, "more")], worst=how == "worst")
@@ -71,6 +71,10 @@ def test_a_search_over_two_sparsities(tmp_path, evaluator, how):
     written = next(c for c in search.lineage if c.prompt)
     assert "tiny to 50%; tiny to 70%" in written.prompt and f"the {how} of these cases" in written.prompt
     assert json.loads((tmp_path / "run" / "lineage.json").read_text())
+    other = replace(evaluator.dense["fitness"], window_nlls=tuple(nll + 0.1 for nll in dense))
+    monkeypatch.setitem(evaluator.dense, "fitness", other)  # nats above the dense model would still be 0 for it
+    with pytest.raises(InputError, match="cannot go on"):
+        local_search(tmp_path, cases, config)
 
 
 def test_cases_are_read_from_a_configuration(tmp_path):
