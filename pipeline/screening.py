@@ -1,7 +1,7 @@
 """Fidelities: cheap measurements that decide who is worth a dear one.
 
-A candidate climbs from the probe (how far the hidden states of a short text drift) to a few windows of the fitness
-split, and on to all of it, as long as it is not worse than who holds its niche by more than the noise.
+A candidate climbs from the probe, a short text, to a few windows of the fitness split, and on to all of it, as long as
+it is not worse than who holds its niche by more than the noise.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from autoprune.pipeline.ledger import FULL, PROBE
 from autoprune.pipeline.lineage import Candidate, Lineage
 from autoprune.pipeline.niches import elites, incumbents, niche, within_reach
 
-# A probe error this much above the incumbent's stops a candidate. It is a coarse measure, and here only to keep what is
-# clearly broken from being measured at all.
+# So many nats above the incumbent on the probe stop a candidate. It is a coarse measure, and here only to keep what is
+# clearly broken from being measured at all. How far the hidden states of the probe drift would say nothing: over 83
+# candidates of one search its rank correlation with the cheap windows was −0.02, after the last block or over all, and
+# that of the likelihood 0.69. The largest features drown the others in it, and those are not what is read in the end.
 PROBE_MARGIN = 0.25
 # Standard deviation of what a cheap difference (nats) says wrongly of a full one, until enough pairs tell it.
 PRIOR_NOISE = 0.05
@@ -72,13 +74,9 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
     return float(ranks[0].corr(ranks[1]))
 
 
-def reading(rung: str, evaluation: Evaluation) -> float | None:
-    """What a fidelity reads off a measurement, lower is better: of "probe" the relative error of the hidden states that
-    leave the last block, of "cheap" nats per token; None where there is none."""
-    if evaluation.error is not None:
-        return None
-    value = evaluation.nll if rung == "cheap" else evaluation.block_errors[-1]
-    return value if math.isfinite(value) else None
+def reading(evaluation: Evaluation) -> float | None:
+    """What is read off a measurement on any fidelity's text: nats per token, or None where there are none."""
+    return evaluation.nll if evaluation.error is None and math.isfinite(evaluation.nll) else None
 
 
 class Screen:
@@ -118,10 +116,10 @@ class Screen:
             if not left:
                 break
             for candidate, evaluation in zip(left, self.measure(rung, [c.algorithm for c in left]), strict=True):
-                value = reading(rung, evaluation)
+                value = reading(evaluation)
                 if value is None:
                     candidate.status, candidate.lost = "failed", evaluation.lost
-                    candidate.error = evaluation.error or f"its {rung} error is not finite"
+                    candidate.error = evaluation.error or f"its likelihood on the {rung} text is not finite"
                 else:
                     candidate.rungs[rung] = value
             for candidate in (c for c in left if c.status == "proposed"):
@@ -150,8 +148,8 @@ class Screen:
             place = niche(candidate, self._lineage, self._plan.niche_radius)
             slack = 0.0 if place == rival.niche or not self._plan.diversity else NEW_SLACK
             return value - subset_nll(rival.evaluation, self.windows) > error + slack
-        own = reading(rung, *self.measure(rung, [rival.algorithm]))
-        return own is not None and value > own * (1 + PROBE_MARGIN)
+        own = reading(*self.measure(rung, [rival.algorithm]))
+        return own is not None and value > own + PROBE_MARGIN
 
     def effect(self, parent: Candidate, child: Candidate) -> float | None:
         """Nats by which a child differs from a measured parent, on the best fidelity that the child reached; None where

@@ -214,7 +214,7 @@ class Search:
 
         def measure(algorithms: list[Algorithm]) -> list[float]:
             trials.update(algorithm.key for algorithm in algorithms)
-            readings = [reading("cheap", evaluation) for evaluation in self.screen.measure("cheap", algorithms)]
+            readings = [reading(evaluation) for evaluation in self.screen.measure("cheap", algorithms)]
             return [math.inf if value is None else value for value in readings]
 
         start = subset_nll(parent.evaluation, self.screen.windows)

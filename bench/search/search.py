@@ -105,7 +105,7 @@ def fidelity(search: Search, count: int) -> dict:
     algorithms = [c.algorithm for c in chosen]
     for rung in ("probe", "cheap"):
         for candidate, evaluation in zip(chosen, search.screen.measure(rung, algorithms), strict=True):
-            value = reading(rung, evaluation)
+            value = reading(evaluation)
             candidate.rungs |= {} if value is None else {rung: value}
     levels = dict(zip([c.id for c in chosen], [e.nll for e in search.measure(algorithms, "fitness")], strict=True))
     known = [c for c in chosen if levels[c.id] is not None and len(c.rungs) == 2]

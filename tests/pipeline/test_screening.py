@@ -109,7 +109,7 @@ def fresh_screen(lineage, cheap, error=0.5, **plan):
 
     def measure(algorithms, split):
         asked.append((split, len(algorithms)))
-        return [evaluation([cheap], error) if split != "probe" else evaluation([9.0], error) for _ in algorithms]
+        return [evaluation([cheap if split != "probe" else 9.0], error) for _ in algorithms]
 
     screen = Screen(SearchPlan(elites=2, niche_radius=0.2, **plan), lineage, measure)
     screen.learn(list(lineage))
@@ -144,7 +144,7 @@ def test_a_broken_algorithm_never_reaches_the_second_fidelity(lineage):
 
     def measure(algorithms, split):
         rungs.append(split)
-        return [evaluation([3.0], 0.9 if "std" in a.score else 0.5) for a in algorithms]
+        return [evaluation([3.3 if "std" in a.score else 3.0], 0.5) for a in algorithms]
 
     screen = Screen(SearchPlan(elites=2, niche_radius=0.2), lineage, measure)
     screen.learn(list(lineage))
