@@ -76,8 +76,9 @@ def _layers() -> tuple[_Layer, ...]:
             "x_kurtosis": 3 + 4 * _heavy(_own(seed, "x_kurtosis", columns)).abs() + torch.where(outlier, 60.0, 0.0),
             # At least 1/H_jj, which is where inputs are uncorrelated, with 0.2 for the damping.
             "h_inv_diag": (1 + 3 * _heavy(_own(seed, "h_inv_diag", columns)).abs()) / (2 * norm.square() + 0.2),
-            "g_rms": 1e-4 * _heavy(_own(seed, "g_rms", rows, columns)).abs(),
+            "g_rms": _heavy(_own(seed, "g_rms", rows, columns)).abs(),
         }
+        values["g_rms"] /= values["g_rms"].mean()
         layers.append(_Layer(W.float(), {name: values[name].float() for name in STATISTICS}))
     return tuple(layers)
 

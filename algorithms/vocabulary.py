@@ -34,7 +34,9 @@ STATISTICS: dict[str, Statistic] = {
     "h_inv_diag": Statistic(
         "r", "diagonal of the inverse Hessian, high where the input feature is weak or others can stand in"
     ),
-    "g_rms": Statistic("m", "root mean square of the gradient of the calibration loss by each weight"),
+    "g_rms": Statistic(
+        "m", "root mean square of the gradient of the calibration loss by each weight, over its mean in the layer"
+    ),
 }
 
 # What a search offers unless told otherwise: what one forward pass leaves.

@@ -140,8 +140,8 @@ class ModelShard:
             )
 
     def backward(self, upstream: Tensor) -> Tensor:
-        """After `calibrate` with "g_rms": gradients of the mean NLL of each window by every prunable weight, over the
-        first GRADIENT_WINDOWS windows; with them `profiles` get their `taylor_mean`.
+        """After `calibrate` with "g_rms": root mean squares of the gradients of the mean NLL of each window by every
+        prunable weight, over the first GRADIENT_WINDOWS windows, divided by their mean over the layer; with them `profiles` get their `taylor_mean`.
 
         upstream: the token windows for the last shard, otherwise what the shard after this one returned. Returns the
         gradient by the hidden states that entered this shard. Blocks are visited last to first, one at a time.
@@ -176,7 +176,8 @@ class ModelShard:
                 known = [mean for mean in taylor if mean] or [0.0]
                 filled = [mean or sum(known) / len(known) for mean in taylor]
                 self.profiles[index] = with_taylor(self.profiles[index], filled)
-            self.gradients.put(index, means)
+            # Relative, so that a sum with other statistics is of numbers of like size: raw ones are 1e-5 or so.
+            self.gradients.put(index, {name: mean / (mean.mean() or 1.0) for name, mean in means.items()})
         self._calibrated = None
         return gradient.cpu()
 

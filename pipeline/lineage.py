@@ -24,7 +24,8 @@ class Candidate:
     id: `g<generation>-c<index>`, seeds `seed-<name>`. algorithm: None where the answer could not be read.
     prompt: the text that the language model was given, answer: what it wrote (both empty for seeds). tokens: what the
     answer took, with its share of the prompt. trials: cheap measurements that filled its constants.
-    salvaged: what had to be mended before it could be read (see `algorithms.answers`).
+    salvaged: what had to be mended before it could be read (see `algorithms.answers`). regrouped: it is compared in
+    another group than the answer says, where it did better on the probe's text.
     mask: packed masks on the probe layers, hexadecimal. repeats: id of the candidate that has the same masks.
     niche: id of the candidate that founded its niche (see `niches`). rungs: what the cheap fidelities measured, by
     name; rival: id of the candidate that they were held against. lost: a measurement failed by the actors' fault, so
@@ -45,6 +46,7 @@ class Candidate:
     status: str = "proposed"
     error: str | None = None
     salvaged: tuple[str, ...] = ()
+    regrouped: bool = False
     mask: str = ""
     mask_hash: str = ""
     repeats: str | None = None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from autoprune.actors.messages import Answer, Evaluation, Request
-from autoprune.algorithms.algorithm import Algorithm
+from autoprune.algorithms.algorithm import GROUPS, Algorithm
 from autoprune.algorithms.answers import parse_answer
 from autoprune.algorithms.constants import fill
 from autoprune.algorithms.translator import LanguageError
@@ -123,10 +123,13 @@ class Search:
             read = self._read_all(generation, asked, answers, len(candidates) + len(written))
             written += [candidate for _, candidate in read]
             self._probe(written, candidates)
+            self._regroup(written, candidates)
             candidates += written
             broken = [(slot, candidate) for slot, candidate in read if candidate.status == "invalid"][:repairs]
             repairs -= len(broken)
-            candidates += self._repaired(generation, round_, broken, candidates)
+            mended = self._repaired(generation, round_, broken, candidates)
+            self._regroup(mended, candidates)
+            candidates += mended
             fresh = sum(c.status == "proposed" for c in candidates)
             enough = fresh >= plan.candidates or self.ledger.ended(generation) is not None or self.ledger.exhausted()
             if enough and not self.ledger.asked(generation, round_ + 1):
@@ -243,6 +246,28 @@ class Search:
                 candidate.status, candidate.repeats = "repeat", known[probe.mask_hash]
             else:
                 known[probe.mask_hash] = candidate.id
+
+    def _regroup(self, written: list[Candidate], earlier: list[Candidate]) -> None:
+        """New scores are compared where they do better on the probe's text, over rows or the whole matrix, whatever
+        their answers say: which of the two suits a score is cheap to measure, and hard to foresee."""
+        plan = self.config.search
+        if "group" not in self.prompter.parts or "probe" not in plan.fidelities:
+            return
+        new = [c for c in written if c.status == "proposed" and c.algorithm.group in GROUPS and self._has_new_score(c)]
+        others = [replace(c.algorithm, group=next(g for g in GROUPS if g != c.algorithm.group)) for c in new]
+        here, there = (self.screen.measure("probe", algorithms) for algorithms in ([c.algorithm for c in new], others))
+        moved = []
+        for candidate, other, *evaluations in zip(new, others, here, there, strict=True):
+            own, its = map(reading, evaluations)
+            if its is not None and (own is None or its < own):
+                candidate.algorithm, candidate.regrouped = other, True
+                moved.append(candidate)
+        self._probe(moved, [*earlier, *(c for c in written if c not in moved)])
+
+    def _has_new_score(self, candidate: Candidate) -> bool:
+        """Whether it was written, and no parent has it."""
+        parents = [self.lineage[p].algorithm for p in candidate.parents if p in self.lineage]
+        return candidate.operator != "tune" and all(p is None or p.score != candidate.algorithm.score for p in parents)
 
     # Measuring
 

@@ -39,6 +39,23 @@ def test_a_search_measures_seeds_and_generations(tmp_path, fresh):
             assert bool(candidate.prompt) == bool(candidate.answer) == (candidate.operator != "tune")
 
 
+def test_new_scores_are_compared_where_the_probe_likes_them_better(tmp_path, fresh):
+    search = finished(tmp_path, fresh)
+    measured = len(fresh.measured)
+    written = [c for c in search.lineage if c.operator not in ("seed", "tune") and "probe" in c.rungs]
+    lineage = search.lineage
+    new = [c for c in written if all(lineage[p].algorithm.score != c.algorithm.score for p in c.parents)]
+    assert any(c.regrouped for c in new)
+    for candidate in new:
+        other = replace(candidate.algorithm, group={"row": "matrix", "matrix": "row"}[candidate.algorithm.group])
+        (evaluation,) = search.measure([other], "probe")
+        assert evaluation.error or candidate.rungs["probe"] <= evaluation.nll
+        said = "matrix" if "Group: matrix" in candidate.answer else "row"
+        assert candidate.regrouped == (candidate.algorithm.group != said) or "Group:" not in candidate.answer
+    assert len(fresh.measured) == measured, "both were measured already"
+    assert not any(c.regrouped for c in search.lineage if c not in new and c.status != "repeat")
+
+
 def test_edges_carry_the_measured_effect(tmp_path, fresh):
     search = finished(tmp_path, fresh)
     edges = search.lineage.graph.edges(data=True)
