@@ -34,9 +34,7 @@ STATISTICS: dict[str, Statistic] = {
     "h_inv_diag": Statistic(
         "r", "diagonal of the inverse Hessian, high where the input feature is weak or others can stand in"
     ),
-    "g_rms": Statistic(
-        "m", "root mean square of the gradient of the calibration loss by each weight, over its mean in the layer"
-    ),
+    "g_rms": Statistic("m", "root mean square of the calibration loss's gradient by each weight, over its mean"),
 }
 
 # What a search offers unless told otherwise: what one forward pass leaves.

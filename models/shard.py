@@ -141,7 +141,8 @@ class ModelShard:
 
     def backward(self, upstream: Tensor) -> Tensor:
         """After `calibrate` with "g_rms": root mean squares of the gradients of the mean NLL of each window by every
-        prunable weight, over the first GRADIENT_WINDOWS windows, divided by their mean over the layer; with them `profiles` get their `taylor_mean`.
+        prunable weight, over the first GRADIENT_WINDOWS windows, divided by their mean over the layer; with them
+        `profiles` get their `taylor_mean`.
 
         upstream: the token windows for the last shard, otherwise what the shard after this one returned. Returns the
         gradient by the hidden states that entered this shard. Blocks are visited last to first, one at a time.
