@@ -104,8 +104,8 @@ def allocate(allocation: Allocation, profiles: Sequence[BlockProfile], sparsity:
       not public: r_u ∝ (((1 − m) + m·U·p_u)·(1 + depth·(1 − b_u/(B − 1))))^e, p = softmax(ln γ / tau), γ the skewness
       of |W|, at most 1.75 times its median over the units, e = (sparsity/R)/1.5, which is 1 at 60%, and at most 2.
       With the parameter taylor, which is ours alone, the layers are the units: that of each, or of its block, is
-      multiplied by t^(taylor·e), t the layer's mean of |w|·g_rms: layers, and with them blocks, keep more where weights
-      mean more to the loss.
+      multiplied by t^(taylor·e), t the layer's mean of |w| times the root mean square of its gradient: layers, and
+      with them blocks, keep more where weights mean more to the loss.
     - `owl` (Outlier Weighed Layerwise sparsity, arXiv 2310.05175): r_u = band_u − mean(band) + R,
       band = 2·lam·minmax(z), z the outlier share.
     - `dlp` (Dynamic Layerwise Pruning, arXiv 2505.23807): as `owl` with alpha for lam, z = 1 − I/ΣI, I the mean of the
@@ -219,7 +219,7 @@ def _summaries(allocation: Allocation, units: Sequence[Profile], depths: Sequenc
 def _by_taylor(
     allocation: Allocation, profiles: Sequence[BlockProfile], wishes: Sequence[float], exponent: float
 ) -> tuple[list[Profile], list[float]]:
-    """All layers, and their wishes: those that they or their blocks have, times a power of their mean of |w|·g_rms."""
+    """All layers, and their wishes: those that they or their blocks have, times a power of their `taylor_mean`."""
     blocks = [index for index, profile in enumerate(profiles) for _ in profile.layers]
     layers = [layer for profile in profiles for layer in profile.layers]
     own = wishes if allocation.per == "layer" else [wishes[block] for block in blocks]

@@ -27,8 +27,9 @@ class Profile:
     singular values, of a block the mean over its layers (AlphaPruning): None unless they were asked for, and the latter
     where a weight has none. kurtosis: of |w|, E[(|w| − μ)⁴] / σ⁴, 0 where |w| is constant; score_std: of A: None
     unless asked for. weight_mean, weight_std: of |w|. input_mean, input_std: of the x_norm of all input features, of a
-    block over those of all its layers. taylor_mean: of |w|·g_rms, which is what the loss of a weight costs, to first
-    order (arXiv 1906.10771): None before there are gradients (`with_taylor`). Standard deviations divide by n.
+    block over those of all its layers. taylor_mean: of |w| times the root mean square of its gradient, which is what
+    the loss of a weight costs, to first order (arXiv 1906.10771): None before there are gradients (`with_taylor`).
+    Standard deviations divide by n.
     """
 
     numel: int

@@ -178,7 +178,8 @@ class ModelShard:
                 filled = [mean or sum(known) / len(known) for mean in taylor]
                 self.profiles[index] = with_taylor(self.profiles[index], filled)
             # Relative, so that a sum with other statistics is of numbers of like size: raw ones are 1e-5 or so.
-            self.gradients.put(index, {name: mean / (mean.mean() or 1.0) for name, mean in means.items()})
+            relative = {name: mean / mean.mean() if mean.any() else mean + 1 for name, mean in means.items()}
+            self.gradients.put(index, relative)
         self._calibrated = None
         return gradient.cpu()
 

@@ -131,7 +131,8 @@ class SearchPlan:
     operators: relative frequencies to begin with; with `adapt`, those that improve more per token come more often, and
     a search that stands still explores more. tuning: measurements on the cheap fidelity for one tuned algorithm.
     fidelities: what a new algorithm must pass before it is measured on the whole fitness split: "probe", the
-    likelihood of a short text, and "cheap", that of `cheap_windows` windows of the fitness split.
+    likelihood of a short text, which also decides in which group a new score is compared, and "cheap", that of
+    `cheap_windows` windows of the fitness split.
     fresh_windows: of the fitness text, between those of the fitness split; at the end the elites are measured on them,
     before one is believed to be the best.
     statistics: what the scores that are written may read beside W (see `algorithms.vocabulary`),

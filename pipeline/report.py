@@ -212,6 +212,8 @@ def _chain(lineage: Lineage, best: Candidate) -> list[str]:
         lines = [_origin(child, mark="**"), ""]
         if child.diagnosis or child.hypothesis:
             lines += [f"- Diagnosis: {_quote(child.diagnosis)}", f"- Hypothesis: {_quote(child.hypothesis)}"]
+        if child.regrouped:
+            lines.append(f"- Compared by {child.algorithm.group}, unlike its answer: better on the probe's text")
         if child.status != "evaluated":  # a repaired candidate descends from a broken one
             lines.append(f"- Measured: nothing; {child.status}: {_quote(child.error or '')}")
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -123,13 +123,10 @@ class Search:
             read = self._read_all(generation, asked, answers, len(candidates) + len(written))
             written += [candidate for _, candidate in read]
             self._probe(written, candidates)
-            self._regroup(written, candidates)
             candidates += written
             broken = [(slot, candidate) for slot, candidate in read if candidate.status == "invalid"][:repairs]
             repairs -= len(broken)
-            mended = self._repaired(generation, round_, broken, candidates)
-            self._regroup(mended, candidates)
-            candidates += mended
+            candidates += self._repaired(generation, round_, broken, candidates)
             fresh = sum(c.status == "proposed" for c in candidates)
             enough = fresh >= plan.candidates or self.ledger.ended(generation) is not None or self.ledger.exhausted()
             if enough and not self.ledger.asked(generation, round_ + 1):
@@ -230,44 +227,62 @@ class Search:
         return candidate
 
     def _probe(self, written: list[Candidate], earlier: list[Candidate]) -> None:
-        """Settle which candidates are invalid and which repeat another's masks, before anything is measured."""
+        """Settle which candidates are invalid, in which group new scores are compared, and which repeat another's
+        masks, before anything is measured."""
         readable = [c for c in written if c.status == "proposed"]
-        probes = self.evaluator.probe([c.algorithm for c in readable])
-        others = reversed([*self.lineage, *earlier])
-        settled = [c for c in others if c.status in ("evaluated", "failed", "screened", "proposed") and not c.lost]
-        known = {c.mask_hash: c.id for c in settled}
-        for candidate, probe in zip(readable, probes, strict=True):
+        for candidate, probe in zip(readable, self.evaluator.probe([c.algorithm for c in readable]), strict=True):
             if probe.error is not None:
                 candidate.status, candidate.error = "failed" if probe.lost else "invalid", probe.error
                 candidate.lost = probe.lost
-                continue
             candidate.mask, candidate.mask_hash = probe.mask, probe.mask_hash
-            if probe.mask_hash in known:
-                candidate.status, candidate.repeats = "repeat", known[probe.mask_hash]
+        others = reversed([*self.lineage, *earlier])
+        settled = [c for c in others if c.status in ("evaluated", "failed", "screened", "proposed") and not c.lost]
+        known = {c.mask_hash: c.id for c in settled}
+        self._choose_groups([c for c in readable if c.status == "proposed"], known)
+        for candidate in (c for c in readable if c.status == "proposed"):
+            if candidate.mask_hash in known:
+                candidate.status, candidate.repeats = "repeat", known[candidate.mask_hash]
             else:
-                known[probe.mask_hash] = candidate.id
+                known[candidate.mask_hash] = candidate.id
 
-    def _regroup(self, written: list[Candidate], earlier: list[Candidate]) -> None:
+    def _choose_groups(self, valid: list[Candidate], known: Collection[str]) -> None:
         """New scores are compared where they do better on the probe's text, over rows or the whole matrix, whatever
         their answers say: which of the two suits a score is cheap to measure, and hard to foresee."""
-        plan = self.config.search
-        if "group" not in self.prompter.parts or "probe" not in plan.fidelities:
+        if "group" not in self.prompter.parts or "probe" not in self.config.search.fidelities:
             return
-        new = [c for c in written if c.status == "proposed" and c.algorithm.group in GROUPS and self._has_new_score(c)]
+        new = [c for c in valid if c.algorithm.group in GROUPS and self._has_new_score(c)]
         others = [replace(c.algorithm, group=next(g for g in GROUPS if g != c.algorithm.group)) for c in new]
-        here, there = (self.screen.measure("probe", algorithms) for algorithms in ([c.algorithm for c in new], others))
-        moved = []
-        for candidate, other, *evaluations in zip(new, others, here, there, strict=True):
-            own, its = map(reading, evaluations)
-            if its is not None and (own is None or its < own):
+        probes = self.evaluator.probe(others)
+        choices = [
+            (candidate, other, probe)
+            for candidate, other, probe in zip(new, others, probes, strict=True)
+            # Where both masks exist it is a repeat in any case; what is no algorithm over there stays.
+            if probe.error is None and not (candidate.mask_hash in known and probe.mask_hash in known)
+        ]
+        # What is lost is not in the journal: to choose without it would be another choice when the search is replayed.
+        choices = self._not_lost(choices, [candidate.algorithm for candidate, _, _ in choices])
+        choices = self._not_lost(choices, [other for _, other, _ in choices])
+        for candidate, other, probe in choices:
+            here, there = map(reading, self.screen.measure("probe", [candidate.algorithm, other]))
+            if there is not None and (here is None or there < here):
                 candidate.algorithm, candidate.regrouped = other, True
-                moved.append(candidate)
-        self._probe(moved, [*earlier, *(c for c in written if c not in moved)])
+                candidate.mask, candidate.mask_hash = probe.mask, probe.mask_hash
+
+    def _not_lost(self, choices: list[tuple], algorithms: list[Algorithm]) -> list[tuple]:
+        """Those whose algorithms could be measured on the probe's text; the candidates of the others have failed."""
+        kept = []
+        for choice, evaluation in zip(choices, self.screen.measure("probe", algorithms), strict=True):
+            if evaluation.lost:
+                choice[0].status, choice[0].lost, choice[0].error = "failed", True, evaluation.error
+            else:
+                kept.append(choice)
+        return kept
 
     def _has_new_score(self, candidate: Candidate) -> bool:
         """Whether it was written, and no parent has it."""
         parents = [self.lineage[p].algorithm for p in candidate.parents if p in self.lineage]
-        return candidate.operator != "tune" and all(p is None or p.score != candidate.algorithm.score for p in parents)
+        written = candidate.operator not in ("seed", "tune")
+        return written and all(p is None or p.score != candidate.algorithm.score for p in parents)
 
     # Measuring
 

@@ -397,6 +397,10 @@ def test_what_weights_mean_to_the_loss_is_known_on_every_shard(saved):
     for block, profile in enumerate(profiles):
         with (shards[0] if block < 1 else shards[1]).model.open(block if block < 1 else block - 1) as layers:
             names = [f"model.layers.{block}.{layer.name}.weight" for layer in layers]
+            gradients = (shards[0] if block < 1 else shards[1]).gradients.get(block if block < 1 else block - 1)
+            for layer, name in zip(layers, names, strict=True):
+                own = squares[name].sqrt()
+                torch.testing.assert_close(gradients[layer.name], own / own.mean(), rtol=1e-3, atol=1e-4)
         weights = dict(model.named_parameters())
         expected = [(weights[name].abs() * squares[name].sqrt()).mean().item() for name in names]
         assert [layer.taylor_mean for layer in profile.layers] == pytest.approx(expected, rel=1e-3)
@@ -414,7 +418,8 @@ def test_an_expert_without_a_gradient_is_like_the_others_of_its_block(saved):
         means = [layer.taylor_mean for layer in profile.layers]
         with shard.model.open(index) as layers:
             gradients = shard.gradients.get(index)
-            reached = [bool(gradients[layer.name].any()) for layer in layers]
+            reached = [gradients[layer.name].std() > 0 for layer in layers]
+            assert all(gradients[layer.name].mean() == pytest.approx(1) for layer in layers), "over their mean"
         known = [mean for mean, there in zip(means, reached, strict=True) if there]
         assert 0 < len(known) < len(means) and min(known) > 0
         blank = [mean for mean, there in zip(means, reached, strict=True) if not there]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from local import LocalEvaluator, finished, local_search, small_config, without_clock
 
-from autoprune.actors.messages import Answer
+from autoprune.actors.messages import Answer, Evaluation
 from autoprune.algorithms.written import WRITTEN_ALLOCATIONS
 from autoprune.models.errors import InputError
 from autoprune.pipeline.lineage import Lineage
@@ -54,6 +54,72 @@ def test_new_scores_are_compared_where_the_probe_likes_them_better(tmp_path, fre
         assert candidate.regrouped == (candidate.algorithm.group != said) or "Group:" not in candidate.answer
     assert len(fresh.measured) == measured, "both were measured already"
     assert not any(c.regrouped for c in search.lineage if c not in new and c.status != "repeat")
+
+
+GROUPED = "Diagnosis: a\nHypothesis: b\nGroup: {group}\nAllocation: sdsa tau=1 m=0.5 depth=0.2\n{score}"
+PRODUCT = "def score(W, x_norm, x_std):\n    return W.abs() * x_norm * x_std"
+BY_ROW = "def score(W, x_norm):\n    return W.abs() * x_norm / W.abs().mean(dim=1, keepdim=True)"
+OF_MATRIX = "def score(W, x_norm):\n    return W.abs().mean(dim=1, keepdim=True) + W * 0"
+
+
+class OneGroup(LocalEvaluator):
+    """On the probe's text `liked` does better than the other group; `lost` are the groups whose measurements are."""
+
+    liked, lost = "matrix", frozenset()
+
+    def evaluate(self, jobs, split="fitness", sparsity=None):
+        for index, evaluation in super().evaluate(jobs, split, sparsity):
+            group = jobs[index].group
+            if split == "probe" and group in self.lost and jobs[index].score.count("x_std"):
+                yield index, Evaluation(None, 0, error="an actor died", lost=True)
+            elif split == "probe":
+                level = 5.0 if group == self.liked else 6.0
+                yield index, replace(evaluation, nll=level, window_nlls=(level,))
+            else:
+                yield index, evaluation
+
+
+def asked(tmp_path, tiny_model, *answers, **settings):
+    """What becomes of these answers of one generation."""
+    evaluator = OneGroup(tiny_model, 0.5)
+    vars(evaluator).update(settings)
+    script = tmp_path / "script.txt"
+    script.write_text("\n---\n".join(answers))
+    config = small_config(tmp_path)
+    plan = replace(config.search, generations=1, rounds=1, prompts=1, answers=len(answers), operators={"explore": 1.0})
+    writer = replace(config.generator, answers=str(script))
+    search = local_search(tmp_path, evaluator, replace(config, search=plan, generator=writer))
+    search.run()
+    return search, [c for c in search.lineage if c.operator == "explore"]
+
+
+@pytest.mark.parametrize("liked", ["row", "matrix"])
+def test_equal_answers_are_one_algorithm_in_the_better_group(tmp_path, tiny_model, liked):
+    answers = [GROUPED.format(group=group, score=PRODUCT) for group in ("row", "matrix", "row")]
+    _, found = asked(tmp_path, tiny_model, *answers, liked=liked)
+    assert [c.algorithm.group for c in found] == [liked] * 3
+    assert [c.regrouped for c in found] == [group != liked for group in ("row", "matrix", "row")]
+    assert [c.repeats for c in found] == [None, found[0].id, found[0].id]
+    assert len({c.mask_hash for c in found}) == 1 == len({c.mask for c in found})
+
+
+def test_what_is_a_repeat_in_one_group_only_is_proposed_in_the_other(tmp_path, tiny_model):
+    """By rows it ranks as Wanda, which its division leaves as it is."""
+    _, (found,) = asked(tmp_path, tiny_model, GROUPED.format(group="row", score=BY_ROW))
+    assert found.algorithm.group == "matrix" and found.repeats is None and found.status != "repeat"
+
+
+def test_what_is_no_algorithm_in_the_better_group_stays_in_its_own(tmp_path, tiny_model):
+    _, (found,) = asked(tmp_path, tiny_model, GROUPED.format(group="matrix", score=OF_MATRIX), liked="row")
+    assert found.algorithm.group == "matrix" and not found.regrouped and found.status not in ("invalid", "failed")
+
+
+@pytest.mark.parametrize("lost", [{"row"}, {"matrix"}, {"row", "matrix"}])
+def test_without_a_measurement_no_group_is_chosen(tmp_path, tiny_model, lost):
+    search, (found,) = asked(tmp_path, tiny_model, GROUPED.format(group="row", score=PRODUCT), lost=lost)
+    assert (found.status, found.lost, found.error, found.regrouped) == ("failed", True, "an actor died", False)
+    tried = [split for key, split in search.evaluator.measured if key == found.algorithm.key]
+    assert tried == ["probe"], "what kills an actor is not tried again"
 
 
 def test_edges_carry_the_measured_effect(tmp_path, fresh):
