@@ -1,12 +1,14 @@
 # Found by AutoPrune: smollm2-135m-instruct to 60%, mask only, float32; written by qwen2.5-coder-1.5b-instruct.
-# Fitness split wikipedia-sample[40:70] (its first 8 windows), report split wikipedia-sample[70:106].
+# Fitness split wikipedia-sample[40:70] (its first 8 windows, which were all that a search saw then), report split
+# wikipedia-sample[70:106].
 #
 # It ranks as (|W|·x_std)² · (|W|·g_rms): twice what a weight adds to its output, once what its loss costs to first
 # order.
 #
-# ppl_token@256 on the report split, 32 windows (KL to the dense model): 91.00 (1.377); wanda+sdsa 94.61 (1.450), with
-# SDSA tuned by 40 evaluations 100.19; wanda 123.84. On qwen2.5-coder-1.5b-instruct, ppl_token@512, 8 windows: 44.73
-# (1.026); wanda+sdsa 43.56 (1.049), wanda 68.96.
+# ppl_token@256 on the whole report split, 862 windows (autoprune compare bench/search/baselines.yaml, on a GPU): 77.74;
+# wanda+sdsa 86.07, with SDSA tuned by 40 evaluations 86.13; wanda+atp 90.20; wanda 110.52. On its first 32 windows, two
+# documents (KL to the dense model): 91.00 (1.377); wanda+sdsa 94.61 (1.450). On qwen2.5-coder-1.5b-instruct,
+# ppl_token@512, 8 windows: 44.73 (1.026); wanda+sdsa 43.56 (1.049), wanda 68.96.
 #
 # Lineage (perplexity on the fitness split, ppl_token@256):
 #   seed-wanda+sdsa (seed): 61.05
