@@ -135,8 +135,7 @@ def allocate(allocation: Allocation, profiles: Sequence[BlockProfile], sparsity:
     if by_layer(allocation) and 0 in counts:
         raise AllocationError(f"the profile of block {counts.index(0)} has no layers: no allocation per layer")
     if allocation.per == "layer":
-        units = [layer for profile in profiles for layer in profile.layers]
-        depths = [b for b, count in enumerate(counts) for _ in range(count)]
+        units, depths = _layers(profiles)
     if allocation.name == WRITTEN:
         rule = Rule(None, scaled=True)
         wishes = _written(allocation, units, depths, sparsity)
@@ -216,12 +215,17 @@ def _summaries(allocation: Allocation, units: Sequence[Profile], depths: Sequenc
     return [_measured(allocation, field, unit, depth) for unit, depth in zip(units, depths, strict=True)]
 
 
+def _layers(profiles: Sequence[BlockProfile]) -> tuple[list[Profile], list[int]]:
+    """The layers of all blocks, in order, and the index of the block that holds each."""
+    held = [(layer, index) for index, profile in enumerate(profiles) for layer in profile.layers]
+    return [layer for layer, _ in held], [index for _, index in held]
+
+
 def _by_taylor(
     allocation: Allocation, profiles: Sequence[BlockProfile], wishes: Sequence[float], exponent: float
 ) -> tuple[list[Profile], list[float]]:
     """All layers, and their wishes: those that they or their blocks have, times a power of their `taylor_mean`."""
-    blocks = [index for index, profile in enumerate(profiles) for _ in profile.layers]
-    layers = [layer for profile in profiles for layer in profile.layers]
+    layers, blocks = _layers(profiles)
     own = wishes if allocation.per == "layer" else [wishes[block] for block in blocks]
     means = [_measured(allocation, TAYLOR, layer, block) for layer, block in zip(layers, blocks, strict=True)]
     # Of their greatest, so that the power of what may be very small is a number; a layer without any keeps least.

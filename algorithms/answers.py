@@ -19,7 +19,7 @@ from autoprune.algorithms.grammar import PARTS
 from autoprune.algorithms.language import parse
 from autoprune.algorithms.operations import OPERATIONS
 from autoprune.algorithms.reader import FORMS, NotPythonError, canonical, python
-from autoprune.algorithms.rules import DEFAULTS
+from autoprune.algorithms.rules import DEFAULTS, written_out
 from autoprune.algorithms.translator import LanguageError
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
 
@@ -35,11 +35,6 @@ def sdsa_bounds(statistics: Collection[str]) -> Bounds:
     is the rule's default."""
     taylor = {"taylor": (0.0, 1.0)} if "g_rms" in statistics else {}
     return {"tau": (0.1, 4.0), "m": (0.0, 0.95), "depth": (0.0, 0.9)} | taylor
-
-
-def sdsa(parameters: dict[str, float]) -> Allocation:
-    """SDSA with these; without `taylor` where that is 0, so that equal ones are equal."""
-    return replace(SDSA, parameters={key: value for key, value in parameters.items() if value or key != "taylor"})
 
 
 MAX_THOUGHT = 400  # characters of a diagnosis or hypothesis
@@ -120,7 +115,7 @@ def _allocation(line: str, offered: Bounds) -> Allocation:
     name, *settings = re.sub(r"\s*=\s*", "=", plain).split() or [""]
     if name == "uniform" and not settings:
         return Allocation("uniform")
-    parameters = dict(SDSA.parameters)
+    parameters = {}
     for setting in settings:
         key, _, value = setting.partition("=")
         low, high = offered.get(key, (1, 0))
@@ -131,7 +126,7 @@ def _allocation(line: str, offered: Bounds) -> Allocation:
     if name != "sdsa":
         bounds = " ".join(f"{key}={low:g}…{high:g}" for key, (low, high) in offered.items())
         raise LanguageError(f"the allocation is '{line[:80]}', expected 'uniform' or 'sdsa {bounds}'")
-    return sdsa(parameters)
+    return Allocation("sdsa", written_out("sdsa", parameters))
 
 
 def _without_thinking(text: str) -> str:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from autoprune.algorithms.algorithm import Algorithm
-from autoprune.algorithms.answers import sdsa, sdsa_bounds
+from autoprune.algorithms.answers import sdsa_bounds
 from autoprune.algorithms.reader import canonical
+from autoprune.algorithms.rules import written_out
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS
 
 LEAST = 0.01  # a smaller number is a guard against a division by zero
@@ -115,7 +116,7 @@ def filled(algorithm: Algorithm, places: Sequence[Constant], values: Point) -> A
         sources[name] = canonical(ast.unparse(ast.fix_missing_locations(tree)))[name].text
     own = {key: value for (name, key), value in chosen.items() if name == "sdsa"}
     if own:
-        allocation = replace(allocation, parameters=sdsa(allocation.parameters | own).parameters)
+        allocation = replace(allocation, parameters=written_out("sdsa", allocation.parameters | own))
     allocation = replace(allocation, source=sources["allocate"])
     return replace(algorithm, score=sources["score"], allocation=allocation)
 

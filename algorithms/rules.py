@@ -52,6 +52,12 @@ DEFAULTS: dict[str, dict[str, float]] = {
 }
 
 
+def written_out(name: str, parameters: dict[str, float]) -> dict[str, float]:
+    """All parameters of a rule, its defaults included, so that equal allocations have equal texts; SDSA's `taylor` only
+    where it is not 0."""
+    return {key: value for key, value in (DEFAULTS.get(name, {}) | parameters).items() if value or key != "taylor"}
+
+
 @dataclass(frozen=True)
 class Units:
     """What sparsities are sought for: the B blocks of a model, or all linear layers of all blocks, in order.

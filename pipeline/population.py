@@ -13,6 +13,7 @@ from autoprune.algorithms.algorithm import UPDATES, Algorithm, Allocation, Group
 from autoprune.algorithms.allocation import DEFAULTS, WRITTEN, AllocationError, check_allocation
 from autoprune.algorithms.language import LanguageError, parse
 from autoprune.algorithms.reader import FORMS, Function, canonical
+from autoprune.algorithms.rules import written_out
 from autoprune.algorithms.scores import BASELINES, NATIVE
 from autoprune.models.errors import InputError
 from autoprune.pipeline.lineage import Candidate, mask_distance
@@ -85,8 +86,7 @@ def read_allocation(text: str) -> Allocation:
         else:
             pairs = [part.partition("=") for part in parts]
             parameters = {key.strip(): float(value) for key, _, value in pairs}
-            parameters = {key: value for key, value in parameters.items() if value or key != "taylor"}  # 0 is none
-            allocation = Allocation(name, DEFAULTS.get(name, {}) | parameters, per)
+            allocation = Allocation(name, written_out(name, parameters), per)
         check_allocation(allocation)
     except AllocationError as error:
         raise InputError(str(error)) from None
