@@ -1,5 +1,6 @@
 # make demo    set up, search on real models, print the table
 # make test    set up, lint, run the tests
+# make chaos   kill actors, nodes and drivers of a search, many times (long)
 # make docs    write docs/language.md anew
 # make lock    resolve the locks anew (deploy/lock.py)
 # TARGET=gpu with any of them takes the GPU lock.
@@ -17,7 +18,7 @@ LOCKED := $(PIP) install --quiet --no-deps --no-compile --require-hashes
 STAMP := $(VENV)/.made-from
 WANTED = $(shell echo $(TARGET) | cat - deploy/locks/*.txt setup.cfg | sha256sum | cut -d' ' -f1)
 
-.PHONY: setup demo smoke test lint docs lock clean
+.PHONY: setup demo smoke test lint chaos docs lock clean
 
 setup:
 	@if [ "$$(cat $(STAMP) 2>/dev/null)" != "$(WANTED)" ]; then $(MAKE) --no-print-directory $(VENV); fi
@@ -50,6 +51,9 @@ lint: setup
 
 test: lint
 	@$(VENV)/bin/python -m pytest $(ARGS)
+
+chaos: setup
+	@AUTOPRUNE_KILLS=30 $(VENV)/bin/python -m pytest tests/chaos $(ARGS)
 
 docs: setup
 	@$(VENV)/bin/python -m autoprune.algorithms.manual > docs/language.md

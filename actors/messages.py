@@ -9,6 +9,19 @@ from autoprune.algorithms.algorithm import Algorithm
 Messages = tuple[tuple[str, str], ...]  # (role, text) pairs, as chat templates take them
 
 
+CHARACTERS = 2.5  # that a token of code has, at least, where no tokenizer is at hand
+
+
+def estimate(messages: Messages) -> int:
+    """Tokens of a prompt whose tokenizer is not known; rather too many."""
+    return int(sum(len(text) for _, text in messages) / CHARACTERS)
+
+
+def chat(messages: Messages) -> list[dict[str, str]]:
+    """As chat templates and servers take them."""
+    return [{"role": role, "content": text} for role, text in messages]
+
+
 def split_places(name: str) -> tuple[str, list[int] | None]:
     """The split that a name speaks of, and which of its windows; None for all: "fitness[0,3]" are the first and the
     fourth of "fitness"."""
@@ -57,7 +70,7 @@ class Answer:
 class Probe:
     """What a candidate's score function did on the small probe layers.
 
-    error: why it cannot be used, in one line, or None. lost: the error was the actors', not the algorithm's.
+    error: why it cannot be used, in one line, or None. poison: it brought evaluators down, as often as one may.
     mask: the packed masks that it yields on the probe, as hexadecimal digits ("" after an error). mask_hash: 16
     hexadecimal digits; equal masks, equal hash.
     """
@@ -65,7 +78,7 @@ class Probe:
     error: str | None
     mask: str = ""
     mask_hash: str = ""
-    lost: bool = False
+    poison: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,8 +89,8 @@ class Evaluation:
     error.
     window_nlls: the same for each window, in order. block_sparsities: what was reached, per block.
     block_errors: ‖h − h_dense‖ / ‖h_dense‖ of the hidden states leaving each block, on the profile windows.
-    seconds: computing time, summed over the shards. error: one line, or None. lost: the error was the actors', not the
-    algorithm's, so another attempt may succeed.
+    seconds: computing time, summed over the shards. error: one line, or None. poison: it brought evaluators down, or
+    kept them past the deadline, as often as one may; traceback: what was last seen of it then.
     """
 
     nll: float | None
@@ -88,7 +101,8 @@ class Evaluation:
     sparsity: float = 0.0
     seconds: float = 0.0
     error: str | None = None
-    lost: bool = False
+    poison: bool = False
+    traceback: str = ""
 
     @classmethod
     def from_dict(cls, data: dict) -> Evaluation:

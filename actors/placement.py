@@ -1,10 +1,19 @@
-"""How many CPUs and GPUs each actor asks Ray for."""
+"""Where actors run: how many CPUs and GPUs each reserves, waiting until the cluster has them, and who is whose
+neighbour."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from autoprune.models.errors import InputError
+
+POLL = 2.0  # seconds between two looks at what the cluster has
 
 
 @dataclass(frozen=True)
@@ -14,6 +23,49 @@ class ActorResources:
     num_cpus: float
     num_gpus: float
     device: str
+
+    def bundle(self) -> dict[str, float]:
+        """As Ray's placement groups name it; empty where nothing is reserved."""
+        named = {"CPU": self.num_cpus, "GPU": self.num_gpus}
+        return {name: amount for name, amount in named.items() if amount}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who is to run: `engines` language models, each on `tensor_parallel` GPUs, and `replicas` × `shards` evaluators.
+
+    gpus_per_shard, gpus_per_engine: of which each reserves so much, whole GPUs or a part of one; 0: equal shares of
+    what the cluster has. engines is 0 where no language model runs on the cluster. threads: of each evaluator without
+    GPUs.
+    """
+
+    shards: int
+    replicas: int
+    threads: int
+    engines: int = 1
+    tensor_parallel: int = 1
+    gpus_per_shard: float = 0.0
+    gpus_per_engine: float = 0.0
+
+    def resources(self) -> tuple[ActorResources, ActorResources]:
+        """Of each engine and of each evaluator, on the cluster that is connected.
+
+        With GPUs every actor gets what the layout says, or an equal share of them, whole ones where there are enough.
+        Without, evaluators reserve their threads as CPUs, less where the nodes have fewer, so that a search starts on
+        any machine; engines reserve none, since they rest while candidates are evaluated.
+        """
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = int(sum(node.get("GPU", 0) for node in nodes))
+        actors = self.shards * self.replicas
+        if not gpus and not self.gpus_per_shard and not self.gpus_per_engine:
+            share = equal_share(actors, [node.get("CPU", 0) / self.threads for node in nodes])
+            return ActorResources(0, 0, "cpu"), ActorResources(share * self.threads, 0, "cpu")
+        engine = max(self.gpus_per_engine, float(self.tensor_parallel) if self.tensor_parallel > 1 else 0.0)
+        left = gpus - self.engines * engine - actors * self.gpus_per_shard
+        sharing = (0 if engine else self.engines) + (0 if self.gpus_per_shard else actors)
+        # Where the cluster has no room for them yet, those of which nothing is said are to have whole ones.
+        share = equal_share(sharing, [1.0] * int(left)) if left >= 1 else 1.0
+        return ActorResources(0, engine or share, "cuda"), ActorResources(0, self.gpus_per_shard or share, "cuda")
 
 
 def equal_share(actors: int, places: list[float]) -> float:
@@ -27,18 +79,84 @@ def equal_share(actors: int, places: list[float]) -> float:
     return 0.01
 
 
-def plan_resources(shards: int, replicas: int, threads: int) -> tuple[ActorResources, ActorResources]:
-    """Resources of the generator and of each evaluator shard, from what the connected cluster has.
+class Neighbours:
+    """Places for actors that work in a row, such as the shards of a replica: on one node where that has room, and
+    otherwise so that those on one node follow one another. They stay reserved until `free`, also while an actor is
+    made anew."""
 
-    With GPUs, the generator and every shard get an equal share of them, whole ones where there are enough. Without,
-    shards reserve their threads as CPUs, less where the nodes have fewer, so that a search starts on any machine; the
-    generator reserves none, since it rests while candidates are evaluated.
+    def __init__(self, count: int, resources: ActorResources) -> None:
+        self._group: PlacementGroup = placement_group([resources.bundle()] * count, strategy="PACK")
+        self._order = list(range(count))
+
+    def placed(self) -> bool:
+        """Whether the places are reserved by now."""
+        table = placement_group_table(self._group)
+        if table["state"] != "CREATED":
+            return False
+        nodes = table["bundles_to_node_id"]
+        self._order = sorted(self._order, key=lambda bundle: (nodes[bundle], bundle))
+        return True
+
+    def strategy(self, place: int) -> PlacementGroupSchedulingStrategy:
+        """For the actor that is the `place`-th of the row."""
+        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=self._order[place])
+
+    def free(self) -> None:
+        remove_placement_group(self._group)
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """The places of a layout: a row of one for each engine, or None where those reserve nothing, and a row of its
+    shards for each replica."""
+
+    engine: ActorResources
+    evaluator: ActorResources
+    engines: list[Neighbours | None]
+    replicas: list[Neighbours]
+
+    def free(self) -> None:
+        for row in filter(None, (*self.engines, *self.replicas)):
+            row.free()
+
+
+def reserve(layout: Layout, limit: float, say: Callable[[str], None]) -> Reservation:
+    """Places for all actors of a layout, once the cluster has them: an autoscaler sees what is asked for.
+
+    Tells what is still missing whenever that changes. Raises InputError with it after `limit` seconds.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    actors = shards * replicas
-    if gpus:
-        resources = ActorResources(0, equal_share(actors + 1, [1.0] * gpus), "cuda")
-        return resources, resources
-    share = equal_share(actors, [node.get("CPU", 0) / threads for node in nodes])
-    return ActorResources(0, 0, "cpu"), ActorResources(share * threads, 0, "cpu")
+    engine, evaluator = layout.resources()
+    engines = [Neighbours(1, engine) if engine.bundle() else None for _ in range(layout.engines)]
+    replicas = [Neighbours(layout.shards, evaluator) for _ in range(layout.replicas)]
+    found, began, told = Reservation(engine, evaluator, engines, replicas), time.monotonic(), ""
+    try:
+        while missing := _missing(found):
+            if time.monotonic() - began > limit:
+                raise InputError(
+                    f"the cluster did not become large enough within {limit:g} s ({missing}): add nodes, or ask for "
+                    "less with evaluators.replicas, evaluators.shards, evaluators.gpus_per_shard, generator.engines"
+                )
+            if missing != told:
+                say(f"waiting for the cluster: {missing}")
+            told = missing
+            time.sleep(min(POLL, limit / 10))
+    except BaseException:
+        found.free()
+        raise
+    return found
+
+
+def _missing(places: Reservation) -> str:
+    """What is not reserved yet, for people; empty where all is."""
+    engines = sum(not row.placed() for row in places.engines if row)
+    replicas = sum(not row.placed() for row in places.replicas)
+    if not engines and not replicas:
+        return ""
+    parts = [(engines, len(places.engines), "generators"), (replicas, len(places.replicas), "replicas of evaluators")]
+    have = ray.cluster_resources()
+    there = ", ".join(f"{have.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    waiting = ", ".join(f"{n} of {of} {what}" for n, of, what in parts if n)
+    each = places.evaluator.bundle() if replicas else places.engine.bundle()
+    needs = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
+    return f"no place for {waiting}, of {needs} an actor; {nodes} nodes have {there}"

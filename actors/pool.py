@@ -1,24 +1,25 @@
 """The pool of evaluators: replicas of a pipeline of shards, with deadlines and bounded attempts.
 
-Every job leaves `evaluate` exactly once: as a measurement, or as an error. A replica runs its candidates in the order
-in which they were sent, each candidate one shard behind the one before it.
+Every job leaves `evaluate` exactly once: as a measurement, or as an error. A replica that broke is made anew while the
+others work on, and gets no work before it has shown the digests that all replicas share.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-import torch
 
+from autoprune.actors.dispatch import BLAMELESS, Dispatch, depth
 from autoprune.actors.evaluator import EvaluatorShard
-from autoprune.actors.messages import Evaluation, Probe, last_line, split_places
-from autoprune.actors.placement import ActorResources
+from autoprune.actors.messages import Evaluation, Probe, last_line
+from autoprune.actors.placement import Neighbours
+from autoprune.actors.replica import PoolPlan, Replica, blameless, split_windows
 from autoprune.algorithms.algorithm import Algorithm, Sparsities
 from autoprune.algorithms.allocation import AllocationError
 from autoprune.algorithms.profiles import BlockProfile
@@ -30,132 +31,164 @@ from autoprune.models.masking import planned_sparsities
 from autoprune.models.shard import ShardReport
 
 START = 10  # a replica may take so many deadlines to load, calibrate and measure the dense model
-
-
-@dataclass(frozen=True)
-class PoolPlan:
-    """What the pool measures and on how many actors.
-
-    model: bundled name, folder that every node sees, or hub id. splits: name → token windows, int64 [windows, L];
-    must have "calibration". statistics, features: what algorithms and their allocations may read (see
-    `ModelShard.calibrate`). deadline: seconds that a replica may take for one candidate; attempts: how often a
-    candidate may bring a replica down before it is given up.
-    """
-
-    model: str
-    blocks: int
-    shards: int
-    replicas: int
-    threads: int
-    dtype: str
-    sparsity: float
-    splits: dict[str, torch.Tensor]
-    statistics: frozenset[str]
-    features: frozenset[str]
-    deadline: float
-    attempts: int
-    resources: ActorResources
+STARTS = 3  # so often may making a replica anew fail in a row, where no other one is left to work on
+OTHER = "it came with another model, or other statistics"
+LOOK = 1.0  # seconds between two looks at actors of which nothing is heard
 
 
 @dataclass
-class _Flight:
-    """A candidate on its way through a replica: one reference to a ShardReport per shard, the last one decides."""
+class _Start:
+    """A replica that is being made anew: since when (monotonic), and the how many-th time in a row."""
 
-    job: int
-    reports: list
-
-
-@dataclass
-class _Replica:
-    actors: list
-    in_flight: deque[_Flight] = field(default_factory=deque)
-    progressed: float = 0.0
-
-
-def split_windows(splits: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """Token windows of a split, or of some of its windows (see `split_places`)."""
-    base, places = split_places(name)
-    return splits[base] if places is None else splits[base][places]
-
-
-def shard_bounds(blocks: int, shards: int) -> list[tuple[int, int]]:
-    """Contiguous ranges of blocks whose sizes differ by one at most, in order."""
-    edges = [blocks * index // shards for index in range(shards + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    began: float
+    tries: int = 1
 
 
 class EvaluatorPool:
     """Measures algorithms on the target model. Call `start` first and `stop` last."""
 
-    def __init__(self, plan: PoolPlan, report: Callable[[str], None] = lambda _: None) -> None:
-        """report: called with a line for people when something worth knowing happens."""
+    def __init__(
+        self,
+        plan: PoolPlan,
+        report: Callable[[str], None] = lambda _: None,
+        places: Sequence[Neighbours] = (),
+        actor: type = EvaluatorShard,
+    ) -> None:
+        """report: called with a line for people when something worth knowing happens. places: of each replica; empty:
+        anywhere. actor: the class of the actors (see `Replica`)."""
         self.plan = plan
         self.restarts = 0
-        self._report = report
-        self._bounds = shard_bounds(plan.blocks, plan.shards)
+        self._report, self._places, self._actor = report, places or [None] * plan.replicas, actor
+        self._replicas: list[Replica] = []
+        self._starting: dict[int, _Start] = {}
+        self._now: tuple[Dispatch, dict[int, list[ray.ObjectRef]]] = (Dispatch(0, plan.replicas, 1, 0.0, 1), {})
+        self._digest: list[str] = []
         self._profiles: list[BlockProfile] = []
         self.dense: dict[str, Evaluation] = {}
 
+    # Coming and going
+
     def start(self) -> None:
-        """Load, calibrate and measure the dense model on every split; the replicas do so side by side."""
+        """Have the dense model calibrated and measured on every split: by the first replica, if what it learns is kept
+        where the others find it, else by each."""
         self._tokens = {name: ray.put(tokens) for name, tokens in self.plan.splits.items()}
-        self._empty = ray.put(torch.empty(0))
-        self._replicas = [_Replica(self._new_actors()) for _ in range(self.plan.replicas)]
-        prepared = [self._prepare(replica) for replica in self._replicas]
-        for replica, (gradients, profiles, dense) in zip(self._replicas, prepared, strict=True):
-            try:
-                ray.get(gradients)  # what came after them did not wait for how they ended
-                self._profiles = [p for part in ray.get(profiles) for p in part]
-                self.dense = {split: self._collect(split, ray.get(reports)) for split, reports in dense.items()}
-            except ray.exceptions.RayError as error:
-                cause = getattr(error, "cause", None)
-                if isinstance(cause, NotFiniteError):
-                    reason = last_line(cause)
-                    raise InputError(f"{reason}: {self.plan.dtype} overflows; try target.dtype=bfloat16") from None
-                if isinstance(cause, ValueError):
-                    raise InputError(last_line(cause)) from None
-                raise Lost(f"the evaluators could not start ({last_line(error)})") from error
-            replica.progressed = time.monotonic()
+        self._replicas = [Replica(self.plan, self._tokens, places, self._actor) for places in self._places]
+        for replica in self._replicas:
+            replica.start()
+        waiting, looked = list(range(self.plan.replicas)), set()
+        while waiting:
+            for index in list(waiting):
+                try:
+                    state = self._replicas[index].advance(LOOK / len(waiting))
+                except ray.exceptions.RayError as error:
+                    reason = self._unusable(error)
+                    if index == 0 or isinstance(reason, InputError):
+                        raise reason from error
+                    waiting.remove(index)  # the others begin without it
+                    self._renew(index, last_line(error))
+                    continue
+                if state == "ready":
+                    waiting.remove(index)
+                    if not self._welcome(index):
+                        self._renew(index, OTHER)
+                elif state == "bare" and (index == 0 or not self.plan.state or index in looked):
+                    self._replicas[index].calibrate()
+                elif state == "bare" and self._digest:  # the first one has kept what it learned
+                    looked.add(index)
+                    self._replicas[index].take_up()
         for split, evaluation in self.dense.items():
             if evaluation.error:
                 raise InputError(f"the dense model measures no likelihood on {split}: try target.dtype=float32")
 
-    def _new_actors(self) -> list:
-        plan, resources = self.plan, self.plan.resources
-        actor = ray.remote(EvaluatorShard).options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
-        return [
-            actor.remote(plan.model, start, stop, plan.dtype, resources.device, plan.threads, alone=True)
-            for start, stop in self._bounds
-        ]
+    def _unusable(self, error: Exception) -> Exception:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, NotFiniteError):
+            return InputError(f"{last_line(cause)}: {self.plan.dtype} overflows; try target.dtype=bfloat16")
+        if isinstance(cause, ValueError):
+            return InputError(last_line(cause))
+        return Lost(f"the evaluators could not start ({last_line(error)})")
 
-    def _prepare(self, replica: _Replica) -> tuple[list, list, dict[str, list]]:
-        """Send calibration and the dense passes to a fresh replica. Returns references, so replicas do not wait."""
-        states = self._tokens["calibration"]
-        for actor in replica.actors:
-            states = actor.calibrate.remote(states, self.plan.statistics, self.plan.features)
-        gradients = []
-        if "g_rms" in self.plan.statistics:
-            upstream = self._tokens["calibration"]
-            for actor in reversed(replica.actors):
-                upstream = actor.backward.remote(upstream)
-            gradients = [upstream]
-        profiles = [actor.profiles.remote() for actor in replica.actors]
-        dense = {s: self._send(replica, s, None) for s in self.plan.splits if s != "calibration"}
-        return gradients, profiles, dense
+    def _welcome(self, index: int) -> bool:
+        """Take a replica that is ready into service, if it shows the digests of the others."""
+        replica = self._replicas[index]
+        if self._digest and replica.digest != self._digest:
+            return False
+        if not self._digest:
+            self._digest, self._profiles = replica.digest, replica.profiles
+            self.dense = {s: self._collect(s, replica.dense(s)) for s in self.plan.splits if s != "calibration"}
+        return True
 
-    def _send(self, replica: _Replica, split: str, algorithm: Algorithm | None, sparsity: float | None = None) -> list:
-        """A chain of calls through a replica's shards; hidden states go from actor to actor, reports come here."""
-        planned = self._planned(replica, algorithm, sparsity or self.plan.sparsity) if algorithm else None
-        if split not in self._tokens:  # some windows of one that is there
-            self._tokens[split] = ray.put(split_windows(self.plan.splits, split))
-        states, reports = self._tokens[split], []
-        for actor, (_, stop) in zip(replica.actors, self._bounds, strict=True):
-            tokens = self._tokens[split] if stop == self.plan.blocks else self._empty
-            states, report = actor.forward.options(num_returns=2).remote(split, states, tokens, algorithm, planned)
-            reports.append(report)
-        return reports
+    def _renew(self, index: int, reason: str) -> None:
+        """Make a replica anew; `_look_after` sees to the rest."""
+        self._report(f"an evaluator is replaced ({reason})")
+        self.restarts += 1
+        before = self._starting.get(index)
+        self._starting[index] = _Start(time.monotonic(), before.tries + 1 if before else 1)
+        self._replicas[index].kill()
+        self._replicas[index].start()
 
-    def _collect(self, split: str, reports: list[ShardReport]) -> Evaluation:
+    def _look_after(self, timeout: float = 0.0) -> list[int]:
+        """Go on with making replicas anew, for `timeout` seconds at most; returns those that are in service again.
+
+        Raises Lost where none is in service and one has failed STARTS times in a row.
+        """
+        back = []
+        for index, start in list(self._starting.items()):
+            replica, trouble = self._replicas[index], None
+            try:
+                state = replica.advance(timeout)
+                if state == "bare":
+                    replica.calibrate(self._digest)
+                elif state == "ready" and self._welcome(index):
+                    del self._starting[index]
+                    back.append(index)
+                    continue
+                elif state == "ready":
+                    trouble = OTHER
+                elif time.monotonic() - start.began > START * self.plan.deadline:
+                    trouble = f"not ready within {START * self.plan.deadline:g} s"
+            except ray.exceptions.RayError as error:
+                trouble = last_line(error)
+            if trouble and start.tries >= STARTS and len(self._starting) == len(self._replicas):
+                raise Lost(f"an evaluator could not be replaced, {start.tries} times ({trouble})")
+            # Often in a row: not at once again, which would be all that the driver does.
+            if trouble and (start.tries < STARTS or time.monotonic() - start.began > self.plan.deadline):
+                self._renew(index, trouble)
+        return back
+
+    def _in_service(self) -> list[Replica]:
+        """Replicas that may be given work, at least one: waits for it."""
+        self._look_after()
+        while len(self._starting) == len(self._replicas):
+            self._look_after(LOOK / len(self._replicas))
+        return [replica for index, replica in enumerate(self._replicas) if index not in self._starting]
+
+    def in_flight(self) -> list[list[int]]:
+        """Candidates on their way: how many are at, or wait for, each shard of each replica."""
+        table, flights = self._now
+        found = []
+        for index, jobs in enumerate(table.in_flight()):
+            counts = [0] * self.plan.shards
+            for job in jobs if index not in self._starting else ():
+                done, _ = ray.wait(flights[job], num_returns=self.plan.shards, timeout=0, fetch_local=False)
+                counts[min(len(done), self.plan.shards - 1)] += 1
+            found.append(counts)
+        return found
+
+    def stop(self) -> None:
+        for replica in self._replicas:
+            replica.kill()
+
+    # Measuring
+
+    def _planned(self, replica: Replica, algorithm: Algorithm, sparsity: float) -> Sparsities | ray.ObjectRef:
+        """Of all blocks. An allocation that is a candidate's own program runs in an evaluator, as its score does, and
+        fails there as its score would."""
+        if algorithm.allocation.source:
+            return replica.actors[0].plan.remote(algorithm, self._profiles, sparsity)
+        return planned_sparsities(algorithm, self._profiles, sparsity)
+
+    def _collect(self, split: str, reports: Sequence[ShardReport]) -> Evaluation:
         numels = [n for report in reports for n in report.numels]
         pruned = [n for report in reports for n in report.pruned]
         nlls = reports[-1].window_nlls
@@ -171,143 +204,128 @@ class EvaluatorPool:
             seconds=sum(report.seconds for report in reports),
         )
 
-    def sparsities(self, algorithm: Algorithm) -> Sparsities:
-        """From the algorithm's allocation and the dense model's summaries."""
-        planned = self._planned(self._replicas[0], algorithm, self.plan.sparsity)
-        return ray.get(planned) if isinstance(planned, ray.ObjectRef) else planned
-
-    def _planned(self, replica: _Replica, algorithm: Algorithm, sparsity: float) -> Sparsities | ray.ObjectRef:
-        """Of all blocks. An allocation that is a candidate's own program runs in an evaluator, as its score does, and
-        fails there as its score would."""
-        if algorithm.allocation.source:
-            return replica.actors[0].plan.remote(algorithm, self._profiles, sparsity)
-        return planned_sparsities(algorithm, self._profiles, sparsity)
-
-    def probe(self, algorithms: Sequence[Algorithm]) -> list[Probe]:
-        """Run the score functions on the probe layers, inside evaluator processes."""
-        actors = [actor for replica in self._replicas for actor in replica.actors]
-        calls = [
-            actors[index % len(actors)].probe.remote(algorithm, self.plan.sparsity)
-            for index, algorithm in enumerate(algorithms)
-        ]
-        probes = []
-        for call in calls:
-            try:
-                probes.append(ray.get(call, timeout=self.plan.deadline))
-            except (ray.exceptions.RayError, TimeoutError) as error:
-                probes.append(Probe(f"the probe failed: {last_line(error)}", lost=True))
-                self._restart_broken()
-        return probes
-
     def evaluate(
         self, jobs: Sequence[Algorithm], split: str = "fitness", sparsity: float | None = None
     ) -> Iterator[tuple[int, Evaluation]]:
         """Measure the jobs on a split (see `split_windows`); yields (index of the job, measurement) as they finish, in
         any order. sparsity: to prune to, other than the plan's."""
-        queue, failures = deque(range(len(jobs))), [0] * len(jobs)
-        while queue or any(replica.in_flight for replica in self._replicas):
-            yield from self._fill(queue, jobs, split, sparsity)
-            if not any(replica.in_flight for replica in self._replicas):
-                continue
-            last = {flight.reports[-1]: r for r in self._replicas for flight in list(r.in_flight)[:1]}
-            done, _ = ray.wait(list(last), num_returns=1, timeout=1.0)
-            for reference in done:
-                replica = last[reference]
-                flight = replica.in_flight.popleft()
+        if split not in self._tokens:  # some windows of one that is there
+            self._tokens[split] = ray.put(split_windows(self.plan.splits, split))
+        plan, sparsity = self.plan, sparsity or self.plan.sparsity
+        table = Dispatch(len(jobs), plan.replicas, depth(plan.shards), plan.deadline, plan.attempts)
+        for index in self._starting:
+            table.close(index)
+        flights: dict[int, list[ray.ObjectRef]] = {}  # by job: the ShardReports to come, of which the last one decides
+        self._now = table, flights
+        while table.left:
+            for index in self._look_after():
+                table.open(index)
+            while (sent := table.assign(time.monotonic())) is not None:
+                replica, job = sent
                 try:
-                    evaluation = self._collect(split, ray.get(flight.reports))
-                except ray.exceptions.RayError as error:
-                    cause = getattr(error, "cause", None)
-                    if not isinstance(cause, ValueError):
-                        # Not the algorithm's fault: a dead actor, or one that cannot be trusted any more.
-                        replica.in_flight.appendleft(flight)
-                        yield from self._recover(replica, queue, failures, last_line(error))
-                        continue
-                    evaluation = _failed(last_line(cause))
-                replica.progressed = time.monotonic()
-                yield flight.job, evaluation
-            for replica in self._replicas:
-                late = replica.in_flight and time.monotonic() - replica.progressed > self.plan.deadline
-                if late and not ray.wait([replica.in_flight[0].reports[-1]], timeout=0)[0]:
-                    reason = f"no result within {self.plan.deadline:g} s"
-                    yield from self._recover(replica, queue, failures, reason)
-
-    def _fill(
-        self, queue: deque[int], jobs: Sequence[Algorithm], split: str, sparsity: float | None
-    ) -> Iterator[tuple[int, Evaluation]]:
-        """Keep one candidate per shard in flight, and one waiting, in every replica. Yields what cannot be sent: an
-        allocation that does not fit this model."""
-        for replica in self._replicas:
-            while queue and len(replica.in_flight) <= self.plan.shards:
-                if not replica.in_flight:
-                    replica.progressed = time.monotonic()
-                job = queue.popleft()
-                try:
-                    reports = self._send(replica, split, jobs[job], sparsity)
+                    planned = self._planned(self._replicas[replica], jobs[job], sparsity)
                 except AllocationError as error:
+                    table.withdraw(replica)
                     yield job, _failed(str(error))
                     continue
-                replica.in_flight.append(_Flight(job, reports))
+                flights[job] = self._replicas[replica].send(split, jobs[job], planned)
+            oldest = {flights[job][-1]: replica for replica, job in table.oldest().items()}
+            if not oldest:
+                for index in self._look_after(LOOK / len(self._replicas)):
+                    table.open(index)
+                continue
+            done, _ = ray.wait(list(oldest), num_returns=1, timeout=LOOK)
+            for reference in done:
+                yield from self._ended(table, oldest[reference], flights, split)
+            for replica in table.late(time.monotonic()):
+                if not ray.wait([flights[table.oldest()[replica]][-1]], timeout=0)[0]:
+                    yield from self._broke(table, replica, TimeoutError(f"no result within {plan.deadline:g} s"))
 
-    def _recover(
-        self, replica: _Replica, queue: deque[int], failures: list[int], reason: str
+    def _ended(
+        self, table: Dispatch, replica: int, flights: dict[int, list[ray.ObjectRef]], split: str
     ) -> Iterator[tuple[int, Evaluation]]:
-        """Replace a replica's actors. The oldest candidate in flight is the suspect; the others are sent again."""
-        suspect, *others = [flight.job for flight in replica.in_flight]
-        replica.in_flight.clear()
-        failures[suspect] += 1
-        given_up = failures[suspect] >= self.plan.attempts
-        queue.extendleft(reversed(others if given_up else [suspect, *others]))
-        self._report(f"an evaluator was replaced ({reason}); {len(others) + (not given_up)} evaluations are sent again")
-        self._restart(replica)
-        if given_up:
-            yield suspect, _failed(f"given up after {failures[suspect]} attempts: {reason}", lost=True)
-
-    def _restart(self, replica: _Replica) -> None:
-        self.restarts += 1
-        began = time.monotonic()
-        for actor in replica.actors:
-            ray.kill(actor)
-        replica.actors = self._new_actors()
-        gradients, profiles, dense = self._prepare(replica)
+        """What left a replica: a measurement, the algorithm's own failure, or the end of the replica."""
+        job = table.oldest()[replica]
         try:
-            everything = [*gradients, *profiles, *(report for reports in dense.values() for report in reports)]
-            ray.get(everything, timeout=START * self.plan.deadline)
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            raise Lost(f"an evaluator could not be replaced ({last_line(error)})") from error
-        for other in self._replicas:  # nobody looked at them meanwhile
-            other.progressed += time.monotonic() - began
-        replica.progressed = time.monotonic()
+            evaluation = self._collect(split, ray.get(flights[job]))
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            if not isinstance(cause, ValueError):
+                # Not a failure that an algorithm may have: a dead actor, or one that cannot be trusted any more.
+                yield from self._broke(table, replica, error, not blameless(error))
+                return
+            evaluation = _failed(last_line(cause))
+        table.finish(replica, time.monotonic())
+        del flights[job]
+        yield job, evaluation
 
-    def _restart_broken(self) -> None:
-        """Replace the replicas that have an actor which does not answer; nothing may be in flight."""
-        for replica in self._replicas:
-            _, silent = ray.wait(
-                [actor.__ray_ready__.remote() for actor in replica.actors], num_returns=len(replica.actors), timeout=5
-            )
-            if silent:
-                self._restart(replica)
+    def _broke(
+        self, table: Dispatch, replica: int, error: Exception, blame: bool = True
+    ) -> Iterator[tuple[int, Evaluation]]:
+        """Have a replica made anew. The oldest candidate in flight is the suspect, if there is one; it and the others
+        are sent again, as often as a suspect may."""
+        given_up = table.close(replica, blame)
+        self._renew(replica, last_line(error))
+        if given_up is not None:
+            poison = {"error": self._given_up(error), "poison": True, "traceback": str(error)}
+            yield given_up, Evaluation(nll=None, tokens=0, **poison)
+
+    def _given_up(self, error: Exception) -> str:
+        """In words that are the same every time: they get into prompts. What an error says names processes."""
+        return f"given up: it brought down its evaluator {self.plan.attempts} times ({type(error).__name__})"
+
+    def probe(self, algorithms: Sequence[Algorithm]) -> list[Probe]:
+        """Run the score functions on the probe layers, inside evaluator processes."""
+        found: dict[int, Probe] = {}
+        failures = [0.0] * len(algorithms)
+        while len(found) < len(algorithms):
+            left = [index for index in range(len(algorithms)) if index not in found]
+            actors = itertools.cycle((r, actor) for r in self._in_service() for actor in r.actors)
+            calls = [
+                (index, replica, actor.probe.remote(algorithms[index], self.plan.sparsity))
+                for index, (replica, actor) in zip(left, actors, strict=False)
+            ]
+            broken = []
+            for index, replica, call in calls:
+                if replica in broken:  # what waited behind what broke it is sent again
+                    continue
+                try:
+                    found[index] = ray.get(call, timeout=self.plan.deadline)
+                except (ray.exceptions.RayError, TimeoutError) as error:
+                    broken.append(replica)
+                    failures[index] += BLAMELESS if blameless(error) else 1
+                    if failures[index] >= self.plan.attempts:
+                        found[index] = Probe(self._given_up(error), poison=True)
+                    self._renew(self._replicas.index(replica), last_line(error))
+        return [found[index] for index in range(len(algorithms))]
 
     def export(self, out: Path, algorithm: Algorithm, details: dict) -> dict:
         """Write the target, pruned by `algorithm`, to a folder: each shard writes its own part. Returns the sidecar."""
-        sparsities, plan = self.sparsities(algorithm), self.plan
-        source = resolve_model(plan.model)
+        for attempt in range(1, self.plan.attempts + 1):
+            replica = self._in_service()[0]
+            try:
+                return self._export(replica, out, algorithm, details)
+            except ray.exceptions.RayError as error:
+                if attempt == self.plan.attempts:
+                    raise Lost(f"the evaluators could not write {out} ({last_line(error)})") from error
+                self._renew(self._replicas.index(replica), last_line(error))
+        raise AssertionError("unreachable")
+
+    def _export(self, replica: Replica, out: Path, algorithm: Algorithm, details: dict) -> dict:
+        planned = self._planned(replica, algorithm, self.plan.sparsity)
+        sparsities, plan = ray.get(planned) if isinstance(planned, ray.ObjectRef) else planned, self.plan
 
         def write(paths: list[Path]) -> list[dict[str, dict]]:
             return ray.get(
                 [
                     actor.export.remote(path, algorithm, sparsities)
-                    for actor, path in zip(self._replicas[0].actors, paths, strict=True)
+                    for actor, path in zip(replica.actors, paths, strict=True)
                 ]
             )
 
+        source = resolve_model(plan.model)
         return export(source, out, plan.shards, write, algorithm, plan.sparsity, sparsities, details)
 
-    def stop(self) -> None:
-        for replica in getattr(self, "_replicas", []):
-            for actor in replica.actors:
-                ray.kill(actor)
 
-
-def _failed(error: str, lost: bool = False) -> Evaluation:
-    return Evaluation(nll=None, tokens=0, error=error, lost=lost)
+def _failed(error: str) -> Evaluation:
+    return Evaluation(nll=None, tokens=0, error=error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from autoprune.algorithms.updates import Factor, factor
 CHUNK = 1 << 18
 
 GRAM_READERS = frozenset({"h_inv_diag", "gram"})  # what cannot be had without the Gram matrix
+SUMS = ("sum", "sum_of_squares", "sum_of_magnitudes", "sum_of_cubes", "sum_of_fourths")
+DERIVED = "derived."  # before the names of statistics, where moments are written down
 
 
 class NotFiniteError(ValueError):
@@ -92,8 +94,7 @@ class InputMoments:
         self._derived.clear()
 
     def _sums(self) -> list[Tensor]:
-        optional = (self.sum_of_magnitudes, self.sum_of_cubes, self.sum_of_fourths)
-        return [self.sum, self.sum_of_squares, *(total for total in optional if total is not None)]
+        return [total for name in SUMS if (total := getattr(self, name)) is not None]
 
     def statistic(self, name: str) -> Tensor:
         """Float32 [features] by name.
@@ -120,6 +121,25 @@ class InputMoments:
     def drop_gram(self) -> None:
         """Free the Gram matrix and its factor; statistics that were asked for before stay."""
         self.gram, self._factor = None, None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that these moments hold but for `count`, `damping`, the Gram matrix and its factor, by name; `restored`
+        reads it."""
+        return {name: value for name in SUMS if (value := getattr(self, name)) is not None} | {
+            DERIVED + name: value for name, value in self._derived.items()
+        }
+
+    @classmethod
+    def restored(cls, count: int, damping: float | None, tensors: Mapping[str, Tensor]) -> InputMoments:
+        """Moments that answer as those did whose `count`, `damping` and `tensors` these are."""
+        moments = cls(len(tensors["sum"]))
+        moments.count, moments.damping = count, damping
+        for name in SUMS:
+            setattr(moments, name, tensors.get(name))
+        moments._derived = {
+            name.removeprefix(DERIVED): value for name, value in tensors.items() if name.startswith(DERIVED)
+        }
+        return moments
 
     def _mean(self, total: Tensor | None) -> Tensor:
         if total is None:

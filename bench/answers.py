@@ -19,10 +19,10 @@ from types import SimpleNamespace
 
 import ray
 
-from autoprune.actors.generator import VllmGenerator, estimate
-from autoprune.actors.messages import Answer, Evaluation
+from autoprune.actors.messages import Answer, Evaluation, estimate
 from autoprune.actors.placement import ActorResources
 from autoprune.actors.seclusion import seclude
+from autoprune.actors.serving import VllmGenerator
 from autoprune.algorithms.grammar import WRITTEN_PARTS, answer_grammar
 from autoprune.algorithms.probe import probe
 from autoprune.algorithms.translator import LanguageError

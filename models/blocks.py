@@ -240,6 +240,14 @@ class DecoderRange:
             finally:
                 self._forget()
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that this range read from disk and holds now, by name; blocks by their number in the model."""
+        found = {name: tensor for name, tensor in self.model.state_dict().items() if self._block_of(name) is None}
+        for index, block in enumerate(self.blocks):
+            prefix = f"{self.block_prefix}.{self.start + index}."
+            found |= {prefix + name: tensor for name, tensor in block.state_dict().items()}
+        return {name: tensor for name, tensor in found.items() if not tensor.is_meta}
+
     def block_names(self, index: int) -> set[str]:
         """Names on disk of the tensors of block start+index."""
         own = set(self._names[index])

@@ -81,13 +81,14 @@ class ModelShard:
     def __init__(self, folder: Path, start: int, stop: int, dtype: str, device: str, offload: bool = False) -> None:
         self.device = torch.device(device)
         self.model = DecoderRange(folder, start, stop, getattr(torch, dtype), self.device, offload)
-        self._home = torch.device("cpu") if offload else self.device  # of hidden states
+        self.home = torch.device("cpu") if offload else self.device  # of hidden states
         self.profiles: list[BlockProfile] = []
         self.moments: list[dict[str, InputMoments]] = []
         self.gradients = Shelf(on_disk=offload)  # root mean square per weight, fp32 by layer
         self._entered = Shelf(on_disk=offload)  # what entered each block, while gradients are still to be made
         self._calibrated: Tensor | None = None  # what left the last block
-        self._dense_states: dict[str, list[Tensor]] = {}
+        self.dense_states: dict[str, list[Tensor]] = {}  # by split: of PROFILE_WINDOWS windows, after each block, bf16
+        self.dense_reports: dict[str, ShardReport] = {}  # by split
         self._checksum = None if offload else self.checksum()
 
     def checksum(self) -> int:
@@ -262,7 +263,7 @@ class ModelShard:
         """
         began = time.perf_counter()
         lane = Lane(Chooser(algorithm) if algorithm else None, sparsities, self.enter(states))
-        dense = self._dense_states.get(split) if algorithm is not None else None
+        dense = self.dense_states.get(split) if algorithm is not None else None
         references = []
 
         def visit(index: int, lane: Lane, *_) -> None:
@@ -274,7 +275,7 @@ class ModelShard:
 
         self.walk([lane], visit=visit)
         if algorithm is None:
-            self._dense_states[split] = references
+            self.dense_states[split], self.dense_reports[split] = references, lane.report
         elif self._checksum is not None and self.checksum() != self._checksum:
             raise RuntimeError("the dense weights changed during an evaluation")
         if self.model.last:
@@ -297,7 +298,7 @@ class ModelShard:
 
     def enter(self, states: Tensor) -> Tensor:
         """Hidden states [windows, L, D] that enter the first block of the shard: of tokens, if it is the model's."""
-        return (self.model.embed(states) if self.model.first else states).to(self._home)
+        return (self.model.embed(states) if self.model.first else states).to(self.home)
 
     @torch.inference_mode()
     def score(self, lane: Lane, tokens: Tensor, reference: Reference | None = None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from autoprune.models.errors import InputError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 KEPT = 3  # checkpoints: the newest, and two to fall back on when a disk damages it
 MANIFEST = "manifest.json"
 
@@ -40,6 +40,11 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def journal_line(record: dict) -> bytes:
+    """A record as it stands in the journal."""
+    return _line(json.dumps(record))  # ASCII: no character can split a line
 
 
 def _line(record: str) -> bytes:
@@ -86,8 +91,7 @@ class Journal:
         )
 
     def append(self, record: dict) -> None:
-        text = json.dumps(record)  # ASCII: no character can split a line
-        line = _line(text)
+        line = journal_line(record)
         with open(self.path, "r+b") as file:
             # Written after the last whole line, not at the end: an append that failed half-way leaves no trace.
             file.seek(self._size)
@@ -96,7 +100,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self._size += len(line)
-        self.records.append(json.loads(text))
+        self.records.append(self._read(line, len(self.records) + 1))
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,17 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
+def checkpoint_name(generation: int) -> str:
+    return f"generation-{generation:04d}"
+
+
+def with_manifest(generation: int, files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files of a checkpoint and, last, the manifest that vouches for them."""
+    hashes = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
+    manifest = {"schema_version": SCHEMA_VERSION, "generation": generation, "files": hashes}
+    return {**files, MANIFEST: json.dumps(manifest, indent=1).encode()}
+
+
 def save_checkpoint(folder: Path, generation: int, files: dict[str, bytes]) -> Path:
     """Write `folder/generation-0003/` with the files and, last, their manifest; keep the last three.
 
@@ -125,17 +140,9 @@ def save_checkpoint(folder: Path, generation: int, files: dict[str, bytes]) -> P
     writing = folder / ".writing"
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir()
-    for name, data in files.items():
+    for name, data in with_manifest(generation, files).items():
         write_atomic(writing / name, data)
-    hashes = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "generation": generation,
-        "files": hashes,
-    }
-    write_atomic(writing / MANIFEST, json.dumps(manifest, indent=1).encode())
-
-    path = folder / f"generation-{generation:04d}"
+    path = folder / checkpoint_name(generation)
     if path.exists():  # a resumed search does a generation again
         shutil.rmtree(path)
     os.replace(writing, path)

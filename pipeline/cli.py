@@ -59,7 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     search = commands.add_parser("search", help="search for a pruning algorithm")
     search.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml")
     search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as target.sparsity=0.5")
-    search.add_argument("--resume", metavar="RUN", help="name or folder of a run that was stopped")
+    search.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="name or folder of a run that was stopped; auto: CONFIG's run, started where there is none",
+    )
     search.set_defaults(run=_search)
 
     compare = commands.add_parser("compare", help="measure known methods side by side, on models and at sparsities")
@@ -139,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run=_check)
 
+    status = commands.add_parser("status", help="show how far a search is")
+    status.add_argument("folder", metavar="RUN", help="name or folder of a run")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    status.set_defaults(run=_status)
+
     report = commands.add_parser("report", help="show what a search found")
     report.add_argument("folder", metavar="RUN", help="name or folder of a run")
     report.set_defaults(run=_report)
@@ -160,13 +169,36 @@ def _run_folder(name: str) -> Path:
     raise InputError(f"no run {name!r}: expected a run's folder, or a name in {Path('runs').resolve()}")
 
 
+def _latest_run() -> str:
+    """The run in `runs` whose journal was written last."""
+    from autoprune.models.errors import InputError
+
+    journals = sorted(Path("runs").glob("*/journal.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not journals:
+        raise InputError(f"no run to resume in {Path('runs').resolve()}: give a CONFIG.yaml, or --resume RUN")
+    return str(journals[-1].parent)
+
+
 def _search(options: argparse.Namespace) -> int:
     from autoprune.models.errors import InputError, Lost
     from autoprune.pipeline.config import load_config
+    from autoprune.pipeline.launch import Stopped, run_search
+    from autoprune.pipeline.run_folder import begun
 
-    if options.resume:
+    resume = options.resume
+    if resume == "auto" and options.config is not None:
+        # The same command starts a run and goes on with it, as a job that is tried again needs it.
+        config = load_config(options.config, options.set)
+        resume = begun(config)
+    elif resume and options.config is not None and not Path(resume).exists() and not (Path("runs") / resume).exists():
+        config = load_config(options.config, options.set)  # its folder may be gone, and its storage not
+        if resume != config.name or not begun(config):
+            raise InputError(f"no run {resume!r}: expected a run's folder, or the name of one in {options.config}")
+    elif resume:
+        if resume == "auto":
+            resume = _latest_run()
         # The run may have been moved, or be named from another folder: it is where it was found.
-        folder = _run_folder(options.resume).resolve()
+        folder = _run_folder(resume).resolve()
         place = [f"name={folder.name}", f"runs={folder.parent}"]
         config = load_config(options.config or folder / "config.yaml", [*options.set, *place])
     elif options.config is None:
@@ -174,12 +206,11 @@ def _search(options: argparse.Namespace) -> int:
     else:
         config = load_config(options.config, options.set)
 
-    from autoprune.pipeline.launch import Stopped, run_search
     from autoprune.pipeline.progress import ConsoleProgress
 
     progress = ConsoleProgress()
     try:
-        folder = run_search(config, bool(options.resume), progress)
+        folder = run_search(config, bool(resume), progress)
     except Lost as error:
         raise Lost(f"{error}; go on with: autoprune search --resume {config.folder}") from error
     except Stopped as stopped:
@@ -363,6 +394,15 @@ def _models_fetch(options: argparse.Namespace) -> None:
     from autoprune.models.bundled import fetch
 
     print(fetch(options.name, check_hashes=True))
+
+
+def _status(options: argparse.Namespace) -> None:
+    import json
+
+    from autoprune.pipeline.status import read_status, status_lines
+
+    facts = read_status(_run_folder(options.folder))
+    print(json.dumps(facts, indent=1) if options.json else "\n".join(status_lines(facts)))
 
 
 def _report(options: argparse.Namespace) -> None:

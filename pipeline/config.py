@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,9 @@ class Generator:
     temperature: of the first round; it rises by `heat` with each further round of a generation.
     prompt_tokens: that a prompt may have; the oldest evidence is dropped first.
     max_model_len (of prompt and answer together), kv_cache_gib (on a CPU) and engine (further arguments of vLLM's
-    AsyncEngineArgs) are for "vllm".
+    AsyncEngineArgs) are for "vllm". So are engines: so many of them share the prompts, each on tensor_parallel GPUs, or
+    on a part of one (gpus_per_engine; 0: as large a share of the cluster's as every other actor); and sleeps: they
+    leave the GPU's memory to evaluators while they do not write.
     """
 
     kind: str = "vllm"
@@ -81,6 +83,10 @@ class Generator:
     prompt_tokens: int = 2048
     max_model_len: int = 4096
     kv_cache_gib: int = 1
+    engines: int = 1
+    tensor_parallel: int = 1
+    gpus_per_engine: float = 0.0
+    sleeps: bool = False
     engine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,15 +94,19 @@ class Generator:
 class Evaluators:
     """The actors that measure candidates: `replicas` pipelines of `shards` actors.
 
-    threads: of each actor, on a CPU. deadline: seconds that a replica may take for one candidate before it is
-    replaced; attempts: how often a candidate may cause that before it is given up.
+    threads: of each actor, on a CPU. gpus_per_shard: whole GPUs of each actor, or a part of one; 0: an equal share of
+    those of the cluster, between all actors. wait: seconds for which a search waits for the cluster to have room.
+    deadline: seconds that a replica may take for one candidate before it is replaced; attempts: how often a candidate
+    may cause that before it is given up.
     """
 
     shards: int = 2
     replicas: int = 1
     threads: int = 1
+    gpus_per_shard: float = 0.0
+    wait: float = 600.0
     deadline: float = 600.0
-    attempts: int = 2
+    attempts: int = 3
 
 
 @dataclass(frozen=True)
@@ -125,11 +135,14 @@ class SearchPlan:
     enough algorithms that are new. repairs: so many invalid answers of a generation are asked for once more, with the
     error.
     elites: how many of the best are parents; with `diversity`, the best of each niche: of algorithms that read the same
-    and whose masks on the probe differ by less than `niche_radius`.
+    and whose masks on the probe differ by less than `niche_radius`; and prompts for scores offer few statistics then,
+    rather those that were hardly tried.
     prompt: "gcot", the reasoning of the graph; "topk", the best algorithms; "fixed", the seeds, the same
     every time. Of the latter two every second asks for a score alone.
     operators: relative frequencies to begin with; with `adapt`, those that improve more per token come more often, and
     a search that stands still explores more. tuning: measurements on the cheap fidelity for one tuned algorithm.
+    lag: 1 lets the language model write a generation's first answers while the one before is measured, so that its
+    prompts know results up to the one before last; 0 waits.
     fidelities: what a new algorithm must pass before it is measured on the whole fitness split: "probe", the
     likelihood of a short text, which also decides in which group a new score is compared, and "cheap", that of
     `cheap_windows` windows of the fitness split.
@@ -156,6 +169,7 @@ class SearchPlan:
         default_factory=lambda: {"explore": 1.0, "mutate": 2.0, "crossover": 1.0, "simplify": 0.5, "tune": 1.0}
     )
     adapt: bool = True
+    lag: int = 0
     tuning: int = 12
     fidelities: tuple[str, ...] = FIDELITIES
     cheap_windows: int = 2
@@ -192,10 +206,13 @@ class Tracking:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a search depends on. name: of the run; runs: the folder in which runs lie."""
+    """Everything that a search depends on. name: of the run; runs: the folder in which runs lie. storage: another one,
+    on any filesystem that pyarrow.fs knows (such as s3://bucket/folder), to which a run is copied as it goes on, and
+    from which it is resumed where its own folder is gone; empty: none."""
 
     name: str = "search"
     runs: str = "runs"
+    storage: str = ""
     seed: int = 0
     target: Target = field(default_factory=Target)
     generator: Generator = field(default_factory=Generator)
@@ -254,7 +271,7 @@ def read_config(cls: type, path: Path, overrides: typing.Sequence[str] = ()) -> 
             _set(data, key.split("."), yaml.safe_load(value))
         except yaml.YAMLError:
             raise InputError(f"--set {override}: {value!r} is not a YAML value; check brackets and quotes") from None
-    return _build(cls, data, "")
+    return build(cls, data)
 
 
 def _set(data: dict, keys: list[str], value: Any) -> None:
@@ -265,7 +282,7 @@ def _set(data: dict, keys: list[str], value: Any) -> None:
     data[keys[-1]] = value
 
 
-def _build(cls: type, data: Any, where: str) -> Any:
+def build(cls: type, data: Any, where: str = "") -> Any:
     """A dataclass from a mapping; unknown keys and wrong types are refused with the key's whole path."""
     if not isinstance(data, dict):
         raise InputError(f"{where.rstrip('.') or 'configuration'} is {data!r}: expected keys and values")
@@ -280,7 +297,7 @@ def _build(cls: type, data: Any, where: str) -> Any:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where + ".")
+        return build(hint, value, where + ".")
     origin = typing.get_origin(hint)
     if origin is types.UnionType:  # of a text and a number
         hint = str if isinstance(value, str) else float
@@ -322,7 +339,7 @@ def check_config(config: Config) -> None:
     if generator.kind == "scripted" and not generator.answers:
         raise InputError("generator.answers is empty: a scripted generator needs a file of answers")
     for section, names in (
-        ("evaluators", ("shards", "replicas", "threads", "deadline", "attempts")),
+        ("evaluators", ("shards", "replicas", "threads", "wait", "deadline", "attempts")),
         (
             "search",
             (
@@ -337,13 +354,23 @@ def check_config(config: Config) -> None:
                 "fresh_windows",
             ),
         ),
-        ("generator", ("max_tokens", "max_model_len", "prompt_tokens", "kv_cache_gib")),
+        ("generator", ("max_tokens", "max_model_len", "prompt_tokens", "kv_cache_gib", "engines", "tensor_parallel")),
     ):
         for name in names:
             value = getattr(getattr(config, section), name)
             if value <= 0:
                 raise InputError(f"{section}.{name} is {value:g}: expected more than 0")
     check_data(data)
+    if search.lag not in (0, 1):
+        raise InputError(f"search.lag is {search.lag}: expected 0 or 1")
+    for name, gpus in (
+        ("evaluators.gpus_per_shard", config.evaluators.gpus_per_shard),
+        ("generator.gpus_per_engine", generator.gpus_per_engine),
+    ):
+        if gpus < 0 or (gpus > 1 and gpus % 1):
+            raise InputError(
+                f"{name} is {gpus:g}: expected a part of a GPU, such as 0.5, or whole ones; 0: equal shares"
+            )
     if search.answers < search.prompts:
         raise InputError(f"search.answers is {search.answers}: expected at least search.prompts ({search.prompts})")
     if not search.seeds:
@@ -422,8 +449,29 @@ def one_of(key: str, value: str, choices: typing.Sequence[str]) -> None:
         raise InputError(f"{key} is {value!r}: expected {' or '.join(choices)}" + (f"; {near[0]}?" if near else ""))
 
 
+# What a run may be resumed with other values of: where it lies, what it may use, and where it runs. None of it changes
+# what a candidate's measurement is.
+FREE = {
+    "": ("name", "runs", "storage", "budgets", "tracking"),
+    "evaluators": ("replicas", "gpus_per_shard", "wait", "deadline", "attempts"),
+    "generator": (
+        "base_url",
+        "api_key_variable",
+        "kv_cache_gib",
+        "engines",
+        "tensor_parallel",
+        "gpus_per_engine",
+        "sleeps",
+    ),
+}
+
+
 def difference(old: Config, new: Config) -> list[str]:
-    """One line per key whose value differs: `key: old → new`."""
+    """One line per key whose value differs and is not FREE: `key: old → new`."""
+    for section, names in FREE.items():
+        mine = getattr(new, section) if section else new
+        theirs = replace(getattr(old, section) if section else old, **{name: getattr(mine, name) for name in names})
+        old = replace(old, **{section: theirs}) if section else theirs
 
     def walk(a: Any, b: Any, where: str) -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):

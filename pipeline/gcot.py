@@ -23,7 +23,7 @@ from autoprune.pipeline.lineage import Candidate, Lineage
 
 Count = Callable[[Messages], int]
 
-VERSION = "v2"  # of the templates, the folder that they lie in: what a prompt says is part of what a search was
+VERSION = "v3"  # of the templates, the folder that they lie in: what a prompt says is part of what a search was
 PATH_LIMIT = 5  # ancestors told of, the nearest
 KNOWN_LIMIT = 10  # algorithms listed as written already; more would crowd out the reasoning
 FAILURE_LIMIT = 5  # changes told of that came to nothing, the newest
@@ -141,7 +141,7 @@ def _head(setting: Setting) -> str:
     return template("head").format(sparsity=f"{setting.sparsity:.0%}", dense=f"{setting.dense:.3f}")
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _system(setting: Setting) -> str:
     shapes = {"r": "[in]", "m": "[out, in]"}
     statistics = _lines(f"{n}: {STATISTICS[n].description}, {shapes[STATISTICS[n].type]}." for n in setting.statistics)
@@ -238,7 +238,7 @@ def _conclusion(lineage: Lineage, candidate: Candidate) -> str:
 def _failure(lineage: Lineage, parent: str, child: Candidate) -> str:
     if child.status == "invalid":
         return f"- refused: {child.error}"
-    if child.status == "failed":
+    if child.status in ("failed", "poison"):
         return f"- {_one_line(child)}: {child.error}"
     if child.status == "screened":
         return f"- {_one_line(child)}: worse at first sight"

@@ -4,18 +4,21 @@ twice; what was spent; and the budgets, of which whichever is reached first ends
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
-from typing import Protocol
+from typing import Any, Protocol
 
+from autoprune.actors.aside import Aside
 from autoprune.actors.messages import Answer, Evaluation, Messages, Probe, Request
 from autoprune.algorithms.algorithm import Algorithm
-from autoprune.models.errors import InputError
+from autoprune.models.errors import InputError, Lost
 from autoprune.pipeline.checkpoint import Journal
 from autoprune.pipeline.config import Budgets
+from autoprune.pipeline.mirror import Mirror
 
 JOURNAL = "journal.jsonl"  # in the run folder
 # Nats by which a window's likelihood under the dense model may differ on another machine; another text differs by more.
@@ -75,7 +78,8 @@ class Spent:
 
 @dataclass
 class Ledger:
-    """Between a search and those who write and measure. began: when this sitting did, by the monotonic clock.
+    """Between a search and those who write and measure. began: when this sitting did, by the monotonic clock. mirror:
+    where the journal is copied to.
 
     A record of the journal counts as spent when the search comes to it, not before: so a resumed search has the same
     budget left at each of its steps as one that was never stopped. What the journal holds is always used, whatever the
@@ -89,14 +93,16 @@ class Ledger:
     step: Callable[[str, int, int], None] = lambda what, done, total: None
     began: float = field(default_factory=time.monotonic)
     spent: Spent = field(default_factory=Spent)
+    mirror: Mirror | None = None
 
     def __post_init__(self) -> None:
         self._journal = Journal(self.folder / JOURNAL)
         self._used: set[int] = set()  # places of the records that count as spent
         self._places: dict[tuple, int] = {}
+        self._ahead: dict[tuple[int, int, str], Aside] = {}
+        self._writing, self._closed = threading.Lock(), False
         for place, record in enumerate(self._journal.records):
             self._places[_name(record)] = place
-        self._lost: dict[tuple, Evaluation] = {}
 
     def begin(self, now: Sequence[float], texts: Mapping[str, str]) -> None:
         """Note what the dense models measure on the windows of the fitness split, and the sha256 of the texts; raises
@@ -151,38 +157,77 @@ class Ledger:
             _count(self.spent, record)
         return record
 
+    def close(self) -> None:
+        """Nothing is written any more: whoever comes next has the journal to themselves."""
+        with self._writing:
+            self._closed = True
+
+    def copy_checkpoint(self, name: str, files: dict[str, bytes]) -> None:
+        """A checkpoint was written: to the mirror with it, if there is one."""
+        if self.mirror is not None:
+            with self._writing:
+                self.mirror.saved(name, files, self.records)
+
+    @property
+    def records(self) -> list[dict]:
+        """What the journal holds."""
+        return self._journal.records
+
     def _append(self, record: dict) -> dict:
-        self._journal.append(record)
-        place = len(self._journal.records) - 1
-        self._places[_name(record)] = place
-        return self._use(place)
+        return self._use(self._note(record))
+
+    def _note(self, record: dict) -> int:
+        """Put a record into the journal; returns its place."""
+        with self._writing:  # answers that were asked for ahead arrive in a thread of their own
+            if self._closed:
+                raise Lost("the search has ended")
+            self._journal.append(record)
+            if self.mirror is not None:
+                self.mirror.appended(self.records)
+            place = len(self._journal.records) - 1
+            self._places[_name(record)] = place
+        return place
 
     def answers(self, key: tuple[int, int, str], ask: Callable[[], Sequence[Request]]) -> list[list[Answer]]:
         """Answers per request, in order. key: generation, round, and what is asked for. ask: makes the requests, if
         the journal does not have their answers. In a generation that has ended nothing more is asked."""
-        place = self._places.get(("answers", *key))
-        if place is None and self.ended(key[0]) is not None:
-            return []
-        if place is None:
-            requests = ask()
-            began = time.monotonic()
-            answers = self.generator.generate(requests) if requests else []
-            generation, round_, what = key
-            record = {
-                "kind": "answers",
-                "generation": generation,
-                "round": round_,
-                "what": what,
-                "answers": [[asdict(answer) for answer in texts] for texts in answers],
-                "seconds": time.monotonic() - began,
-            }
-            record = self._append(record)
-        else:
-            record = self._use(place)
-        return [[Answer(**answer) for answer in texts] for texts in record["answers"]]
+        name = ("answers", *key)
+        ahead = self._ahead.pop(key, None)
+        if ahead is not None:
+            ahead.wait()
+        if name not in self._places:
+            if self.ended(key[0]) is not None:
+                return []
+            self._ask(key, ask())
+        return [[Answer(**answer) for answer in texts] for texts in self._use(self._places[name])["answers"]]
 
-    def measure(self, algorithms: Sequence[Algorithm], split: str) -> list[Evaluation]:
-        """Measurements in the order of the jobs; what the journal holds is not measured again."""
+    def ask_ahead(self, key: tuple[int, int, str], ask: Callable[[], Sequence[Request]]) -> None:
+        """Begin to ask what `answers` will want, and go on meanwhile. What arrives is in the journal at once, and
+        counts as spent when the search comes to it."""
+        if ("answers", *key) not in self._places and self.ended(key[0]) is None:
+            requests = ask()
+            if ("begun", key[0]) not in self._places:  # a resumed search must not think that a budget came before it
+                self._append({"kind": "begun", "generation": key[0]})
+            self._ahead[key] = Aside(lambda: self._ask(key, requests))
+
+    def _ask(self, key: tuple[int, int, str], requests: Sequence[Request]) -> None:
+        began = time.monotonic()
+        answers = self.generator.generate(requests) if requests else []
+        generation, round_, what = key
+        record = {
+            "kind": "answers",
+            "generation": generation,
+            "round": round_,
+            "what": what,
+            "answers": [[asdict(answer) for answer in texts] for texts in answers],
+            "seconds": time.monotonic() - began,
+        }
+        self._note(record)
+
+    def measure(self, algorithms: Sequence[Algorithm], split: str, must: bool = False) -> list[Evaluation]:
+        """Measurements in the order of the jobs; what the journal holds is not measured again. must: none of them can
+        be poison (a known baseline, or one that was measured before): where evaluators end, something else is wrong,
+        and Lost is raised."""
         missing = {a.key: a for a in algorithms if ("evaluation", a.key, split) not in self._places}
         jobs, began = list(missing.values()), time.monotonic()
         for done, (index, evaluation) in enumerate(self.evaluator.evaluate(jobs, split) if jobs else (), start=1):
@@ -195,25 +240,26 @@ class Ledger:
                 "seconds": now - began,
             }
             began = now
-            if evaluation.lost:  # what the actors lost may be measured when the search is resumed
-                self._lost[jobs[index].key, split] = evaluation
-            else:
-                self._append(record)
+            if must and evaluation.poison:
+                raise Lost(f"what was measured before cannot be measured on {split} ({evaluation.error})")
+            self._append(record)
             self.step(f"evaluating ({split})", done, len(jobs))
         return [self._measured(algorithm.key, split) for algorithm in algorithms]
 
     def _measured(self, key: str, split: str) -> Evaluation:
-        place = self._places.get(("evaluation", key, split))
-        return self._lost[key, split] if place is None else Evaluation.from_dict(self._use(place)["evaluation"])
+        place = self._places["evaluation", key, split]
+        return Evaluation.from_dict(self._use(place)["evaluation"])
 
-    def seconds_of(self, key: str) -> float:
-        """Computing seconds of an algorithm's evaluation, which are the journal's to know: no clock is in the graph."""
+    def noted(self, key: str, name: str) -> Any:
+        """ "seconds" or "traceback" of an algorithm's evaluation, or None: the journal's to know, since they are others
+        every time, and the graph is not."""
         place = self._places.get(("evaluation", key, FULL))
-        return 0.0 if place is None else self._journal.records[place]["evaluation"]["seconds"]
+        return None if place is None else self._journal.records[place]["evaluation"][name]
 
     def asked(self, generation: int, round_: int) -> bool:
         """Whether the journal has answers of this round: they were paid for, so they are used."""
-        return ("answers", generation, round_, "round") in self._places
+        begun = round_ == 0 and ("begun", generation) in self._places
+        return begun or ("answers", generation, round_, "round") in self._places
 
     def ended(self, generation: int) -> list[str] | None:
         """Ids of the candidates that were measured in full in a generation that was committed; None for another. What
@@ -260,8 +306,8 @@ def _name(record: dict) -> tuple:
     """What a record is found by."""
     if record["kind"] == "answers":
         return ("answers", record["generation"], record["round"], record["what"])
-    if record["kind"] == "generation":
-        return ("generation", record["generation"])
+    if record["kind"] in ("generation", "begun"):
+        return (record["kind"], record["generation"])
     if record["kind"] == "dense":
         return ("dense",)
     return ("evaluation", record["key"], record["split"])

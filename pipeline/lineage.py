@@ -13,8 +13,9 @@ from autoprune.algorithms.algorithm import Algorithm
 
 # proposed: written, not yet measured; invalid: refused by the language or the probe; repeat: its masks exist already;
 # screened: a cheap fidelity found it worse than who holds its niche; surplus: new, but its generation had enough, or
-# the budget was used up; evaluated: has a fitness; failed: its evaluation gave none.
-STATUSES = ("proposed", "invalid", "repeat", "screened", "surplus", "evaluated", "failed")
+# the budget was used up; evaluated: has a fitness; failed: its evaluation gave none; poison: it brought evaluators down
+# or kept them past their deadline, as often as one may.
+STATUSES = ("proposed", "invalid", "repeat", "screened", "surplus", "evaluated", "failed", "poison")
 
 
 @dataclass
@@ -28,8 +29,8 @@ class Candidate:
     another group than the answer says, where it did better on the probe's text.
     mask: packed masks on the probe layers, hexadecimal. repeats: id of the candidate that has the same masks.
     niche: id of the candidate that founded its niche (see `niches`). rungs: what the cheap fidelities measured, by
-    name; rival: id of the candidate that they were held against. lost: a measurement failed by the actors' fault, so
-    the masks may be tried again. fresh: measurement on text that no generation saw.
+    name; rival: id of the candidate that they were held against. fresh: measurement on text that
+    no generation saw. traceback: what was last seen of one that is poison.
     """
 
     id: str
@@ -53,9 +54,14 @@ class Candidate:
     niche: str = ""
     rungs: dict[str, float] = field(default_factory=dict)
     rival: str | None = None
-    lost: bool = False
+    traceback: str = ""
     evaluation: Evaluation | None = None
     fresh: Evaluation | None = None
+
+    def fail(self, evaluation: Evaluation, reason: str = "") -> None:
+        """It could not be measured. reason: where the measurement gives none."""
+        self.status = "poison" if evaluation.poison else "failed"
+        self.error, self.traceback = evaluation.error or reason, evaluation.traceback
 
     @property
     def fitness(self) -> float:
@@ -71,11 +77,12 @@ class Candidate:
         return (self.fitness * tokens[0] + self.fresh.nll * tokens[1]) / sum(tokens)
 
     def to_dict(self) -> dict:
-        """Plain data; without the seconds of its measurements, which are another's every time."""
+        """Plain data; without the seconds of its measurements and a traceback, which are others every time."""
         data = asdict(self)
+        del data["traceback"]
         for name in ("evaluation", "fresh"):
             if data[name] is not None:
-                del data[name]["seconds"]
+                del data[name]["seconds"], data[name]["poison"], data[name]["traceback"]  # of a success
         return data
 
     @classmethod
@@ -177,8 +184,8 @@ class Lineage:
         return [
             child
             for child in self.children(name)
-            if not child.lost
-            and (child.status in ("invalid", "screened", "failed") or self.edge(name, child.id)["verdict"] == "refuted")
+            if child.status in ("invalid", "screened", "failed", "poison")
+            or self.edge(name, child.id)["verdict"] == "refuted"
         ]
 
     def ancestors_path(self, name: str) -> list[Candidate]:

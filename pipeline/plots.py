@@ -146,10 +146,10 @@ def lineage_png(lineage: Lineage, best: str, title: str) -> bytes:
     axes.set_title(title, loc="left", fontsize=12)
     _legend(axes)
 
-    rows = {"surplus": 3, "repeat": 2, "invalid": 1, "failed": 0}
+    rows = {"surplus": 4, "repeat": 3, "invalid": 2, "failed": 1, "poison": 0}
     for status, row in rows.items():
         mine = [c for c in candidates if c.status == status]
-        colour = "#b2182b" if status == "failed" else QUIET
+        colour = "#b2182b" if status in ("failed", "poison") else QUIET
         strip.scatter([x[c.id] for c in mine], [row] * len(mine), 12, color=colour, marker="x", linewidth=0.9)
         strip.text(
             1.01, row, f"{len(mine)}", transform=strip.get_yaxis_transform(), va="center", fontsize=8, color=QUIET

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from autoprune.actors.storage import below
 from autoprune.algorithms.allocation import OPTIONAL
 from autoprune.algorithms.allocation import needs as features_of
 from autoprune.algorithms.vocabulary import STATISTICS, SUMMARIES
@@ -24,8 +26,9 @@ from autoprune.pipeline.population import seed
 
 if TYPE_CHECKING:
     from autoprune.actors.placement import ActorResources
-    from autoprune.actors.pool import PoolPlan
+    from autoprune.actors.replica import PoolPlan
 
+ACTORS = "actors"  # in the run folder: what evaluators learned of the dense models
 SPLITS = ("calibration", "fitness", "report")
 FIRST = ("calibration", "report")  # of which the first windows are taken
 PROBE_TOKENS = 128  # of the first window of the calibration text, which the probe fidelity runs
@@ -115,8 +118,15 @@ def settled(config: Config) -> Config:
     offered = config.search.statistics
     offered += tuple(name for name in STATISTICS if name in read and name not in offered)
     plan = replace(config.search, statistics=offered)
+    storage = config.storage if "://" in config.storage or not config.storage else str(Path(config.storage).resolve())
     return replace(
-        config, search=plan, runs=str(Path(config.runs).resolve()), target=target, generator=writer, data=data
+        config,
+        search=plan,
+        runs=str(Path(config.runs).resolve()),
+        storage=storage,
+        target=target,
+        generator=writer,
+        data=data,
     )
 
 
@@ -130,7 +140,7 @@ def absolute(name: str) -> str:
 
 def pool_plan(config: Config, prepared: Prepared, resources: ActorResources) -> PoolPlan:
     """The evaluators that a search needs: what its seeds and its candidates may read is measured."""
-    from autoprune.actors.pool import PoolPlan  # imports Ray
+    from autoprune.actors.replica import PoolPlan  # imports Ray
 
     evaluators, seeds = config.evaluators, [seed(text).algorithm for text in config.search.seeds]
     written = OPTIONAL & SUMMARIES.keys() if config.search.allocation == "written" else frozenset()
@@ -148,4 +158,15 @@ def pool_plan(config: Config, prepared: Prepared, resources: ActorResources) -> 
         deadline=evaluators.deadline,
         attempts=evaluators.attempts,
         resources=resources,
+        state=below(place_of(config), f"{ACTORS}/{_folder_name(prepared.model)}"),
     )
+
+
+def place_of(config: Config) -> str:
+    """Where a run is kept: in its storage, or else its own folder."""
+    return below(config.storage, config.name) if config.storage else str(config.folder)
+
+
+def _folder_name(model: str) -> str:
+    """Of a model's own folder: two may end in the same name."""
+    return f"{Path(model).name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"

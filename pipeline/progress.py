@@ -1,12 +1,24 @@
-"""What a person sees while a search runs: lines, and a bar on a terminal."""
+"""What a person sees while a search runs: lines, and on a terminal a bar below them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from autoprune.models.perplexity import perplexity
+
+
+def rates(spent: Mapping[str, float]) -> dict[str, float]:
+    """Tokens written per second of generating, and evaluations of any fidelity per hour of evaluating, of what was
+    spent (see `ledger.Spent`)."""
+    return {
+        "tokens_per_second": spent["completion_tokens"] / max(spent["generating"], 1e-9),
+        "evaluations_per_hour": 3600 * (spent["evaluations"] + spent["cheap"]) / max(spent["evaluating"], 1e-9),
+    }
 
 
 class ConsoleProgress:
@@ -15,19 +27,42 @@ class ConsoleProgress:
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
+        self._summary = ""
 
     def say(self, text: str) -> None:
         self.console.print(f"[dim]{datetime.now():%H:%M:%S}[/dim] ", escape(text), sep="", soft_wrap=True)
+
+    def state(self, facts: Mapping) -> None:
+        """What stands beside the bar: the best so far, how fast it goes, and what is left."""
+        if not facts["best"]:
+            return
+        left = [f"{amount:,.0f} {name}" for name, amount in facts["left"].items() if amount is not None]
+        found = rates(facts["spent"])
+        self._summary = " · ".join(
+            [
+                f"generation {facts['generation']}/{facts['generations']}",
+                f"best {perplexity(facts['best']['nll']):.2f}",
+                f"{found['tokens_per_second']:.0f} tok/s",
+                f"{found['evaluations_per_hour']:.0f} evaluations/h",
+                *([f"left {', '.join(left)}"] if left else []),
+            ]
+        )
 
     def step(self, what: str, done: int, total: int) -> None:
         if not self.console.is_terminal:
             return
         if self._bar is None:
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("[dim]{task.fields[summary]}[/dim]"),
+            )
             self._bar = Progress(*columns, console=self.console, transient=True)
-            self._bar.add_task(what, total=total)
+            self._bar.add_task(what, total=total, summary=self._summary)
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], description=what, completed=done, total=total)
+        self._bar.update(self._bar.task_ids[0], description=what, completed=done, total=total, summary=self._summary)
         if done >= total:
             self._bar.stop()
             self._bar = None

@@ -12,6 +12,7 @@ from autoprune.algorithms.grammar import PARTS, WRITTEN_PARTS, answer_grammar
 from autoprune.algorithms.manual import brief
 from autoprune.models.errors import InputError
 from autoprune.pipeline.config import Config
+from autoprune.pipeline.focus import focus
 from autoprune.pipeline.gcot import Count, Messages, Setting, build_prompt, plain_prompt
 from autoprune.pipeline.lessons import lessons
 from autoprune.pipeline.lineage import Candidate, Lineage
@@ -26,12 +27,13 @@ SIMPLE_LINES = 1  # in an answer that is to be simpler
 @dataclass(frozen=True)
 class Slot:
     """One prompt. parts: of an algorithm, which the answer holds (see `grammar`); the others are the first parent's.
-    lines: that a function of the answer may have above its return."""
+    statistics: that its score may read. lines: that a function of the answer may have above its return."""
 
     operator: str
     parents: tuple[str, ...]
     messages: Messages
     parts: tuple[str, ...]
+    statistics: tuple[str, ...] = ()
     lines: int = LINES
 
 
@@ -71,19 +73,19 @@ class Prompter:
                 others = {name: weight for name, weight in frequencies.items() if name != "tune"}
                 (operator,) = choose(rng, others, 1)
             parents = choose_parents(rng, operator, untuned if operator == "tune" else self.elites())
-            slots.append(self._slot(operator, parents, generation + round_ + len(slots)))
+            slots.append(self._slot(rng, operator, parents, generation + round_ + len(slots)))
         return slots
 
     def _tunable(self, candidate: Candidate) -> bool:
         """Whether it has constants to fill that were not filled before."""
-        tuned = any(child.operator == "tune" and not child.lost for child in self._lineage.children(candidate.id))
+        tuned = any(child.operator == "tune" for child in self._lineage.children(candidate.id))
         return (
             not tuned
             and candidate.operator != "tune"
             and bool(constants(candidate.algorithm, self.parts, self._config.search.statistics))
         )
 
-    def _slot(self, operator: str, parents: tuple[str, ...], turn: int) -> Slot:
+    def _slot(self, rng: random.Random, operator: str, parents: tuple[str, ...], turn: int) -> Slot:
         """turn: by which mutations of the score and of the allocation come in turn, so that it is known which made the
         difference; a search of one mutation per generation has its turns, too."""
         plan, parts = self._config.search, self.parts
@@ -95,9 +97,9 @@ class Prompter:
             setting = replace(self.setting, parts=asked)
             if plan.prompt == "topk":
                 best = self.elites()
-                return Slot("improve", (best[0].id,), plain_prompt(best, "topk", setting), asked)
+                return Slot("improve", (best[0].id,), plain_prompt(best, "topk", setting), asked, plan.statistics)
             seeds = [c for c in self._lineage.evaluated() if c.operator == "seed"]
-            return Slot("sample", (seeds[0].id,), plain_prompt(seeds, "fixed", setting), asked)
+            return Slot("sample", (seeds[0].id,), plain_prompt(seeds, "fixed", setting), asked, plan.statistics)
         if (operator == "crossover" and len(parents) < 2) or (operator == "simplify" and "score" not in parts):
             operator = "mutate"  # there is nobody else yet, or nothing to simplify
         lines, asked = LINES, self._scored or parts
@@ -108,8 +110,12 @@ class Prompter:
             asked, task = self._scored if chosen == "score" else (chosen,), f"mutate_{chosen}"
         elif operator == "simplify":
             asked, lines = ("score",), SIMPLE_LINES
-        told = lessons(self._lineage, self._effect)
-        return Slot(operator, parents, build_prompt(self._lineage, task, parents, self.setting, told), asked, lines)
+        statistics = plan.statistics
+        if plan.diversity and "score" in asked and set(asked) <= {"group", "score"}:
+            statistics = focus(rng, self._lineage, operator, [self._lineage[p].algorithm for p in parents], statistics)
+        setting = replace(self.setting, statistics=statistics)
+        messages = build_prompt(self._lineage, task, parents, setting, lessons(self._lineage, self._effect))
+        return Slot(operator, parents, messages, asked, statistics, lines)
 
     def elites(self) -> list[Candidate]:
         return elites(self._lineage, self._config.search.elites, self._config.search.diversity)
@@ -150,11 +156,11 @@ class Prompter:
             n=count,
             temperature=writer.temperature + writer.heat * round_,
             max_tokens=writer.max_tokens,
-            grammar=answer_grammar(slot.lines, slot.parts, self._config.search.statistics),
+            grammar=answer_grammar(slot.lines, slot.parts, slot.statistics),
             brief=brief("allocate" in slot.parts),
             offset=offset,
             parts=slot.parts,
-            statistics=self._config.search.statistics,
+            statistics=slot.statistics,
             operator=slot.operator,
             parents=tuple(self._lineage[parent].algorithm for parent in slot.parents),
         )

@@ -17,7 +17,7 @@ from autoprune.pipeline.checkpoint import write_atomic
 from autoprune.pipeline.lineage import Candidate, Lineage, paired_difference
 from autoprune.pipeline.plots import REFERENCES, lineage_png, progress_png, sparsity_png
 
-COUNTS = ("answers", "usable", "invalid", "repeated", "screened", "surplus", "evaluated", "failed")
+COUNTS = ("answers", "usable", "invalid", "repeated", "screened", "surplus", "evaluated", "failed", "poison")
 
 
 def algorithm_text(algorithm: Algorithm) -> str:

@@ -107,8 +107,8 @@ class Screen:
         return self._measure(algorithms, split)
 
     def passed(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Those that no fidelity stops, the most promising first. The others become "screened", or "failed" with the
-        reason where they could not be measured."""
+        """Those that no fidelity stops, the most promising first. The others become "screened", or "failed" or "poison"
+        with the reason where they could not be measured."""
         left = list(candidates)
         rivals = {c.id: self.rival(c) for c in left}
         error = noise(self.differences())
@@ -118,8 +118,7 @@ class Screen:
             for candidate, evaluation in zip(left, self.measure(rung, [c.algorithm for c in left]), strict=True):
                 value = reading(evaluation)
                 if value is None:
-                    candidate.status, candidate.lost = "failed", evaluation.lost
-                    candidate.error = evaluation.error or f"its likelihood on the {rung} text is not finite"
+                    candidate.fail(evaluation, f"its likelihood on the {rung} text is not finite")
                 else:
                     candidate.rungs[rung] = value
             for candidate in (c for c in left if c.status == "proposed"):

@@ -22,11 +22,18 @@ from autoprune.algorithms.constants import fill
 from autoprune.algorithms.translator import LanguageError
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
-from autoprune.pipeline.checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from autoprune.pipeline.checkpoint import (
+    checkpoint_name,
+    load_checkpoint,
+    save_checkpoint,
+    with_manifest,
+    write_atomic,
+)
 from autoprune.pipeline.config import Config
 from autoprune.pipeline.gcot import repair_prompt
-from autoprune.pipeline.ledger import FRESH, FULL, Evaluator, Generator, Ledger, Spent
+from autoprune.pipeline.ledger import FRESH, FULL, REPORT, Evaluator, Generator, Ledger, Spent
 from autoprune.pipeline.lineage import STATUSES, Candidate, Lineage
+from autoprune.pipeline.mirror import Mirror
 from autoprune.pipeline.population import seed
 from autoprune.pipeline.prompting import Prompter, Slot
 from autoprune.pipeline.screening import Screen, reading, subset_nll
@@ -43,11 +50,13 @@ class Tracker(Protocol):
 
 
 class Progress(Protocol):
-    """Who watches: `say` a line; `step` of what is being counted now."""
+    """Who watches: `say` a line; `step` of what is being counted now; `state`, how far the search is."""
 
     def say(self, text: str) -> None: ...
 
     def step(self, what: str, done: int, total: int) -> None: ...
+
+    def state(self, facts: Mapping) -> None: ...
 
 
 @dataclass
@@ -62,18 +71,23 @@ class Search:
     progress: Progress
     began: float | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
+    mirror: Mirror | None = None
     lineage: Lineage = field(default_factory=Lineage)
 
     def __post_init__(self) -> None:
-        clock = {} if self.began is None else {"began": self.began}
+        clock = {"mirror": self.mirror} | ({} if self.began is None else {"began": self.began})
         self.ledger = Ledger(
             self.folder, self.generator, self.evaluator, self.config.budgets, self.progress.step, **clock
         )
+        if self.mirror is not None:
+            self.mirror.begin(self.config.to_yaml().encode(), self.ledger.records)
         self.screen = Screen(self.config.search, self.lineage, self.ledger.measure)
         pools = [case.pool for case in self.evaluator.cases] if self.config.target.further else [self.evaluator]
         self.ledger.begin([nll for pool in pools for nll in pool.dense[FULL].window_nlls], self.texts)
         dense = self.evaluator.dense[FULL].nll
-        self.prompter = Prompter(self.config, self.lineage, dense, self.generator.count, self.screen.effect)
+        # What prompts are read off: the lineage itself, or with a lag what of it may be known by then.
+        self.seen = Lineage() if self.config.search.lag else self.lineage
+        self.prompter = Prompter(self.config, self.seen, dense, self.generator.count, self.screen.effect)
         self._done = -1
 
     @property
@@ -92,7 +106,12 @@ class Search:
             if budget:
                 self.progress.say(f"the search ends before generation {generation}: {budget} is used up")
                 break
-            self._commit(generation, self._propose(generation))
+            self._tell(generation)
+            candidates = self._propose(generation)
+            if self.config.search.lag and generation < self.config.search.generations:
+                self._ask_ahead(generation + 1)
+            self._commit(generation, candidates)
+        self._see(self.config.search.generations)
         self._confirm()
 
     def _confirm(self) -> None:
@@ -108,13 +127,14 @@ class Search:
 
     def measure(self, algorithms: Sequence[Algorithm], split: str) -> list[Evaluation]:
         """Measurements in the order of the algorithms; what the journal holds is not measured again."""
-        return self.ledger.measure(algorithms, split)
+        return self.ledger.measure(algorithms, split, must=split.partition("@")[0] in (FRESH, REPORT))
 
     # Proposing
 
     def _propose(self, generation: int) -> list[Candidate]:
         """Ask until there are enough algorithms that nobody wrote before, or the rounds are used up."""
         plan, candidates, fresh, repairs = self.config.search, [], 0, plan_repairs(self.config)
+        self._see(generation - 1 - plan.lag)
         for round_ in range(plan.rounds):
             slots = self.prompter.slots(generation, round_)
             asked = [slot for slot in slots if slot.operator != "tune"]
@@ -134,6 +154,23 @@ class Search:
         self.progress.say(f"generation {generation}: {len(candidates)} answers, {fresh} new algorithms")
         return candidates
 
+    def _see(self, generation: int) -> None:
+        """Prompts may speak of candidates up to this generation, and of the seeds."""
+        if self.seen is not self.lineage:
+            for candidate in self.lineage:
+                if candidate.id not in self.seen and candidate.generation <= max(0, generation):
+                    self.seen.add(candidate)
+
+    def _ask_ahead(self, generation: int) -> None:
+        """Have the first answers of a generation written while the one before is measured, of which its prompts say
+        nothing; unless a budget is used up."""
+        self._see(generation - 1 - self.config.search.lag)
+        if self.ledger.exhausted():
+            return
+        asked = [slot for slot in self.prompter.slots(generation, 0) if slot.operator != "tune"]
+        counts = self._share(len(asked))
+        self.ledger.ask_ahead((generation, 0, "round"), lambda: self._requests(0, asked, counts))
+
     def _share(self, prompts: int) -> list[int]:
         """Answers to ask of each prompt of a round, within the budget."""
         total = min(self.config.search.answers, self.ledger.left("calls"))
@@ -142,20 +179,19 @@ class Search:
 
     def _ask(self, generation: int, round_: int, what: str, slots: list[Slot], counts: list[int]) -> list[list[Answer]]:
         """Answers per slot, from the journal where it has them."""
-
-        def requests() -> list[Request]:
-            offsets = itertools.accumulate(counts, initial=self.spent.answers)
-            return [
-                self.prompter.request(slot, count, round_, offset)
-                for slot, count, offset in zip(slots, counts, offsets, strict=False)
-                if count
-            ]
-
-        for slot in slots:
-            if self.config.generator.kind == "vllm":
-                self.prompter.check_room(slot)
-        answers = self.ledger.answers((generation, round_, what), requests)
+        answers = self.ledger.answers((generation, round_, what), lambda: self._requests(round_, slots, counts))
         return answers + [[]] * (len(slots) - len(answers))
+
+    def _requests(self, round_: int, slots: list[Slot], counts: list[int]) -> list[Request]:
+        if self.config.generator.kind == "vllm":
+            for slot in slots:
+                self.prompter.check_room(slot)
+        offsets = itertools.accumulate(counts, initial=self.spent.answers)
+        return [
+            self.prompter.request(slot, count, round_, offset)
+            for slot, count, offset in zip(slots, counts, offsets, strict=False)
+            if count
+        ]
 
     def _read_all(
         self, generation: int, slots: list[Slot], answers: list[list[Answer]], first: int
@@ -232,11 +268,10 @@ class Search:
         readable = [c for c in written if c.status == "proposed"]
         for candidate, probe in zip(readable, self.evaluator.probe([c.algorithm for c in readable]), strict=True):
             if probe.error is not None:
-                candidate.status, candidate.error = "failed" if probe.lost else "invalid", probe.error
-                candidate.lost = probe.lost
+                candidate.status, candidate.error = "poison" if probe.poison else "invalid", probe.error
             candidate.mask, candidate.mask_hash = probe.mask, probe.mask_hash
         others = reversed([*self.lineage, *earlier])
-        settled = [c for c in others if c.status in ("evaluated", "failed", "screened", "proposed") and not c.lost]
+        settled = [c for c in others if c.status in ("evaluated", "failed", "poison", "screened", "proposed")]
         known = {c.mask_hash: c.id for c in settled}
         self._choose_groups([c for c in readable if c.status == "proposed"], known)
         for candidate in (c for c in readable if c.status == "proposed"):
@@ -259,24 +294,12 @@ class Search:
             # Where both masks exist it is a repeat in any case; what is no algorithm over there stays.
             if probe.error is None and not (candidate.mask_hash in known and probe.mask_hash in known)
         ]
-        # What is lost is not in the journal: to choose without it would be another choice when the search is replayed.
-        choices = self._not_lost(choices, [candidate.algorithm for candidate, _, _ in choices])
-        choices = self._not_lost(choices, [other for _, other, _ in choices])
+        self.screen.measure("probe", [a for candidate, other, _ in choices for a in (candidate.algorithm, other)])
         for candidate, other, probe in choices:
             here, there = map(reading, self.screen.measure("probe", [candidate.algorithm, other]))
             if there is not None and (here is None or there < here):
                 candidate.algorithm, candidate.regrouped = other, True
                 candidate.mask, candidate.mask_hash = probe.mask, probe.mask_hash
-
-    def _not_lost(self, choices: list[tuple], algorithms: list[Algorithm]) -> list[tuple]:
-        """Those whose algorithms could be measured on the probe's text; the candidates of the others have failed."""
-        kept = []
-        for choice, evaluation in zip(choices, self.screen.measure("probe", algorithms), strict=True):
-            if evaluation.lost:
-                choice[0].status, choice[0].lost, choice[0].error = "failed", True, evaluation.error
-            else:
-                kept.append(choice)
-        return kept
 
     def _has_new_score(self, candidate: Candidate) -> bool:
         """Whether it was written, and no parent has it."""
@@ -293,11 +316,12 @@ class Search:
             chosen = [c for c in candidates if c.status == "proposed"]
         else:
             chosen = self._within_budget(generation, [c for c in candidates if c.status == "proposed"])
-        evaluations = self.measure([c.algorithm for c in chosen], FULL)
+        evaluations = self.ledger.measure([c.algorithm for c in chosen], FULL, must=generation == 0)
         for candidate, evaluation in zip(chosen, evaluations, strict=True):
-            candidate.status = "evaluated" if evaluation.error is None else "failed"
-            candidate.evaluation = evaluation if evaluation.error is None else None
-            candidate.error, candidate.lost = evaluation.error, evaluation.lost
+            if evaluation.error is None:
+                candidate.status, candidate.evaluation = "evaluated", evaluation
+            else:
+                candidate.fail(evaluation)
         self.ledger.end(generation, [c.id for c in chosen])
         if generation == 0 and not any(c.status == "evaluated" for c in candidates):
             errors = "; ".join(f"{c.id}: {c.error}" for c in candidates)
@@ -308,10 +332,11 @@ class Search:
         for candidate in candidates:
             edges = self._edges(candidate)
             self.tracker.candidate(candidate, edges)
-            if candidate.status in ("evaluated", "failed"):
+            if candidate.status in ("evaluated", "failed", "poison"):
                 self.progress.say(self._line(candidate, edges))
         self.tracker.generation(generation, self._metrics(candidates))
         self._save(generation)
+        self._tell(generation)
         self.progress.say(f"  {self.ledger.line()}")
 
     def _within_budget(self, generation: int, candidates: list[Candidate]) -> list[Candidate]:
@@ -329,7 +354,7 @@ class Search:
 
     def _line(self, candidate: Candidate, edges: list[dict]) -> str:
         """One measured candidate, for people."""
-        if candidate.status == "failed":
+        if candidate.status != "evaluated":
             return f"  {candidate.id}: {candidate.error}"
         line = f"  {candidate.id}: fitness {candidate.fitness:.4f}, perplexity {perplexity(candidate.fitness):.2f}"
         line += " × dense" if self.config.target.further else ""
@@ -347,6 +372,20 @@ class Search:
         metrics |= {f"rank_correlation.{name}": value for name, value in self.screen.correlations().items()}
         return metrics | {name: float(value) for name, value in counts.items()}
 
+    def _tell(self, generation: int) -> None:
+        """Whoever watches, how far the search is."""
+        best, bounds = self.lineage.evaluated(), asdict(self.config.budgets)
+        self.progress.state(
+            {
+                "generation": generation,
+                "generations": self.config.search.generations,
+                "candidates": len(self.lineage),
+                "best": {"id": best[0].id, "nll": best[0].fitness} if best else None,
+                "spent": asdict(self.spend()),
+                "left": {name: self.ledger.left(name) if bound else None for name, bound in bounds.items()},
+            }
+        )
+
     # Keeping
 
     def spend(self) -> Spent:
@@ -357,7 +396,9 @@ class Search:
         self._done = generation
         spent = json.dumps(asdict(self.spend()) | {"used": self.ledger.used}).encode()
         lineage = json.dumps(self.lineage.to_dict(), indent=1).encode()
-        save_checkpoint(self.folder / CHECKPOINT, generation, {"lineage.json": lineage, "spent.json": spent})
+        files = {"lineage.json": lineage, "spent.json": spent}
+        save_checkpoint(self.folder / CHECKPOINT, generation, files)
+        self.ledger.copy_checkpoint(checkpoint_name(generation), with_manifest(generation, files))
         write_atomic(self.folder / "lineage.json", lineage)
 
     def restore(self) -> None:
@@ -370,8 +411,10 @@ class Search:
         restored = Lineage.from_dict(json.loads(loaded.files["lineage.json"]))
         for candidate in restored:
             if candidate.evaluation is not None:
-                seconds = self.ledger.seconds_of(candidate.algorithm.key)
+                seconds = self.ledger.noted(candidate.algorithm.key, "seconds") or 0.0
                 candidate.evaluation = replace(candidate.evaluation, seconds=seconds)
+            elif candidate.status == "poison":
+                candidate.traceback = self.ledger.noted(candidate.algorithm.key, "traceback") or ""
             self.lineage.add(candidate)
         self.screen.learn(list(self.lineage))
         spent = json.loads(loaded.files["spent.json"])

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 SQLITE = "sqlite:///"
 PARENT_TAG = "mlflow.parentRunId"  # what makes the UI show a run under another
-MEASURED = ("evaluated", "failed")
+MEASURED = ("evaluated", "failed", "poison")
 VALUE_LENGTH = 500  # of a parameter or a tag: the limit of older servers
 PARAMS_PER_BATCH = 100  # the server's limit
 REQUEST_TIMEOUT = 10  # seconds; MLflow's own is 120, with 7 retries: minutes in which the search would stand still
@@ -306,6 +306,7 @@ class MlflowTracker:
             "thought.md": "\n".join(f"## {name}\n\n{text or '(none)'}\n" for name, text in thought.items()),
             "prompt.txt": candidate.prompt,
             "answer.txt": candidate.answer,
+            "traceback.txt": candidate.traceback,
         }
         if candidate.algorithm is not None:
             files["algorithm.py"] = algorithm_text(candidate.algorithm)

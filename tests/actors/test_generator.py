@@ -6,7 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from autoprune.actors.generator import GeneticGenerator, GrammarGenerator, OpenAIGenerator
+from autoprune.actors.chance import GeneticGenerator, GrammarGenerator
+from autoprune.actors.generator import OpenAIGenerator
 from autoprune.actors.messages import Request
 from autoprune.algorithms.answers import NOBODY, parse_answer
 from autoprune.algorithms.grammar import PARTS, WRITTEN_PARTS

@@ -1,16 +1,21 @@
 """The pool over a real Ray cluster and a tiny model: same numbers as one shard, and nothing lost when actors die."""
 
+import os
+import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from autoprune.actors.evaluator import EvaluatorShard
 from autoprune.actors.placement import ActorResources
-from autoprune.actors.pool import EvaluatorPool, PoolPlan, shard_bounds
+from autoprune.actors.pool import EvaluatorPool
+from autoprune.actors.replica import PoolPlan, Replica, shard_bounds
 from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.algorithms.written import WRITTEN_ALLOCATIONS
+from autoprune.models.errors import Lost
 from autoprune.models.masking import planned_sparsities
 from autoprune.models.shard import ModelShard
 
@@ -32,7 +37,7 @@ def windows(seed: int, count: int = 4, length: int = 24) -> torch.Tensor:
     return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
-def make_pool(model, **changes) -> EvaluatorPool:
+def make_pool(model, actor=EvaluatorShard, **changes) -> EvaluatorPool:
     plan = PoolPlan(
         model=str(model),
         blocks=4,
@@ -48,9 +53,28 @@ def make_pool(model, **changes) -> EvaluatorPool:
         attempts=2,
         resources=ActorResources(0.25, 0, "cpu"),
     )
-    pool = EvaluatorPool(replace(plan, **changes))
+    pool = EvaluatorPool(replace(plan, **changes), actor=actor)
     pool.start()
     return pool
+
+
+def marked() -> type:
+    # Within a function, so that it travels to the actors, which have no module of this name.
+    class Marked(EvaluatorShard):
+        """Leaves a file behind when it calibrates; scores with certain numbers in them bring it down."""
+
+        def calibrate(self, states, statistics, features):
+            (Path(self._storage.local) / f"calibrated-{self.shard.model.start}").touch()
+            return super().calibrate(states, statistics, features)
+
+        def forward(self, split, states, tokens, algorithm, sparsities):
+            if algorithm and "666" in algorithm.score:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if algorithm and "777" in algorithm.score:
+                raise MemoryError("77 GiB")
+            return super().forward(split, states, tokens, algorithm, sparsities)
+
+    return Marked
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +190,85 @@ def test_a_hanging_actor_is_replaced_at_the_deadline(pool, attempts, lost):
     assert pool.restarts == before + 1
     assert [index for index in results if results[index].error] == lost
     for index in lost:
-        assert "given up after 1 attempts: no result within 5 s" in results[index].error
+        assert results[index].poison and "its evaluator 1 times (TimeoutError)" in results[index].error
+        assert results[index].traceback == "no result within 5 s"
+
+
+@pytest.fixture(scope="module")
+def two(tiny_model, cluster, tmp_path_factory):
+    """Two replicas of one shard each, which keep what they learn."""
+    pool = make_pool(
+        tiny_model, marked(), shards=1, replicas=2, state=str(tmp_path_factory.mktemp("state")), deadline=30.0
+    )
+    yield pool
+    pool.stop()
+
+
+def test_what_one_replica_learned_is_taken_up_by_all_and_by_the_next_pool(two, tiny_model):
+    """Also with numbers: to the bit."""
+    import ray
+
+    state = Path(two.plan.state)
+    assert (state / "calibrated-0").exists()
+    (state / "calibrated-0").unlink()
+    expected = dict(two.evaluate(JOBS))
+    again = make_pool(tiny_model, marked(), shards=1, state=str(state))
+    try:
+        found = dict(again.evaluate(JOBS))
+        assert {i: e.window_nlls for i, e in found.items()} == {i: e.window_nlls for i, e in expected.items()}
+        assert again.dense["report"].window_nlls == two.dense["report"].window_nlls
+        ray.kill(again._replicas[0].actors[0])
+        ((_, after),) = again.evaluate(JOBS[:1])
+        assert after.window_nlls == expected[0].window_nlls
+    finally:
+        again.stop()
+    assert not (state / "calibrated-0").exists()
+
+
+@pytest.mark.parametrize("number, error", [(666, "ActorDiedError"), (777, "RayTaskError")])
+def test_poison_brings_down_its_own_evaluator_and_no_other_candidate(two, number, error):
+    poison = Algorithm(f"def score(W):\n    return W.abs() * {number}\n")
+    before = two.restarts
+    results = dict(two.evaluate([WANDA, poison, *JOBS]))
+    assert sorted(results) == list(range(len(JOBS) + 2))
+    assert results[1].poison and error in results[1].error and len(results[1].traceback) > len(error)
+    assert all(results[i].error is None for i in results if i != 1)
+    assert two.restarts == before + two.plan.attempts
+
+
+def test_the_others_work_on_while_a_replica_is_made_anew(two, monkeypatch):
+    """It stays away for as long as its start takes: nothing waits for it."""
+    import ray
+
+    started, real = [], Replica.advance
+
+    def never(self, timeout=0.0):
+        return "waiting" if self in started else real(self, timeout)
+
+    monkeypatch.setattr(Replica, "advance", never)
+    monkeypatch.setattr(Replica, "start", lambda self, start=Replica.start: (started.append(self), start(self)))
+    ray.kill(two._replicas[1].actors[0])
+    results = dict(two.evaluate(JOBS * 2))
+    assert len(results) == 2 * len(JOBS) and all(e.error is None for e in results.values())
+    assert started == [two._replicas[1]]
+    monkeypatch.undo()
+    assert len(two._in_service()) in (1, 2)
+    assert len(dict(two.evaluate(JOBS))) == len(JOBS)
+
+
+def test_an_evaluator_that_comes_back_with_another_model_gets_no_work(tiny_model, two, monkeypatch):
+    import ray
+
+    said = []
+    monkeypatch.setattr(two, "_report", said.append)
+    monkeypatch.setattr(two, "_digest", ["other"])
+    for replica in two._replicas:
+        ray.kill(replica.actors[0])
+    with pytest.raises(Lost, match="could not be replaced, 3 times .*it came with another model"):
+        dict(two.evaluate(JOBS))
+    assert sum("another model" in line for line in said) >= 2
+    monkeypatch.undo()
+    assert len(dict(two.evaluate(JOBS))) == len(JOBS)
 
 
 def test_candidates_run_without_the_credentials_of_the_driver(tiny_model, pool):

@@ -52,10 +52,10 @@ def test_an_evaluator_runs_on_cuda_in_bfloat16(tiny_model):
         shard.calibrate(tokens, READ, {"skewness"})
         shard.backward(tokens)
         _, dense = shard.forward("report", tokens, tokens, None, None)
-        planned = planned_sparsities(algorithm, shard.profiles(), 0.6)
+        planned = planned_sparsities(algorithm, shard.ready().profiles, 0.6)
         states, report = shard.forward("report", tokens, tokens, algorithm, planned)
         reports[device] = (dense, report)
-        shares[device] = [layer.taylor_mean for profile in shard.profiles() for layer in profile.layers]
+        shares[device] = [layer.taylor_mean for profile in shard.ready().profiles for layer in profile.layers]
         assert states.device.type == "cpu", "what crosses the wire is no tensor of a device"
     assert shares["cuda"] == pytest.approx(shares["cpu"], rel=3e-2)
     for on_cpu, on_cuda in zip(*reports.values(), strict=True):

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_model
+from tiny import save_tiny_model
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 

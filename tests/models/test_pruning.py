@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import save_byte_tokenizer, save_tiny_model
 from families import FAMILIES, tiny_family
 from safetensors import SafetensorError, safe_open
+from tiny import save_byte_tokenizer, save_tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 

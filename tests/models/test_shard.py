@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import save_tiny_model
+from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from autoprune.algorithms.algorithm import Algorithm

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from autoprune.actors.chance import BY_CHANCE
 from autoprune.actors.evaluator import EvaluatorShard
-from autoprune.actors.generator import BY_CHANCE, ScriptedGenerator
+from autoprune.actors.generator import ScriptedGenerator
 from autoprune.actors.messages import Evaluation
 from autoprune.actors.pool import split_windows
 from autoprune.models.masking import planned_sparsities
@@ -51,7 +52,7 @@ class LocalEvaluator:
         states = tokens
         for shard in self._shards:
             states = shard.calibrate(states, {"x_norm", "x_mean", "x_std"}, features)
-        self._profiles = [profile for shard in self._shards for profile in shard.profiles()]
+        self._profiles = [profile for shard in self._shards for profile in shard.ready().profiles]
         self._sparsity = sparsity
         self.dense = {split: self._forward(split, None, None) for split in self._splits}
         self.measured: list[tuple[str, str]] = []
@@ -100,6 +101,9 @@ class SilentProgress:
         self.said.append(text)
 
     def step(self, what, done, total):
+        pass
+
+    def state(self, facts):
         pass
 
 

@@ -153,7 +153,7 @@ DAMAGES = {
         "manifest.json is missing",
     ),
     "manifest not JSON": (lambda p: flip(p / "manifest.json"), "generation-0002: "),
-    "other schema": (lambda p: edit_manifest(p, schema_version=1), "schema version 3"),
+    "other schema": (lambda p: edit_manifest(p, schema_version=1), "schema version 4"),
     "other generation": (
         lambda p: edit_manifest(p, generation=3),
         "does not describe generation 2",

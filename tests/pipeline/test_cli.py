@@ -13,7 +13,12 @@ import pytest
 import yaml
 from safetensors import safe_open
 
+from autoprune.actors.metrics import GAUGES
 from autoprune.pipeline.cli import main
+from autoprune.pipeline.ledger import Spent
+from autoprune.pipeline.progress import ConsoleProgress
+from autoprune.pipeline.run_folder import locked
+from autoprune.pipeline.status import Status
 
 DOCUMENT = "The quick brown fox jumps over the lazy dog while the sun goes down behind the hills. " * 4
 
@@ -116,7 +121,11 @@ def test_a_damaged_run_is_refused_before_anything_starts(capsys, config, tmp_pat
     (checkpoint / "manifest.json").write_text('{"schema_ver')
     assert "no valid checkpoint" in refused(capsys, "search", "--resume", folder)
     changed = refused(capsys, "search", config, "--resume", folder, "--set", "target.sparsity=0.5")
-    assert "target.sparsity: 0.6 → 0.5" in changed
+    assert "target.sparsity: 0.6 → 0.5" in changed and "evaluators.replicas" in changed
+    freely = ("--set", "evaluators.replicas=2", "--set", "budgets.calls=7", "--set", "generator.engines=2")
+    assert "no valid checkpoint" in refused(capsys, "search", config, "--resume", "auto", *freely)
+    with locked(folder):
+        assert "another process is searching" in refused(capsys, "search", "--resume", folder)
     assert "exists" in refused(capsys, "search", config)
     assert "report.json" in refused(capsys, "report", folder)
     (checkpoint / "manifest.json").unlink()
@@ -325,3 +334,39 @@ def test_an_algorithm_of_one_s_own(capsys, tmp_path, tiny_model, text):
     assert "holds no `def score(W, …):`" in refused(capsys, *common, "--score", other, "--out", tmp_path / "e")
     bad = ["--score", "wanda", "--allocation", f"{file}:tau=1", "--out", tmp_path / "e"]
     assert "write them into" in refused(capsys, *common, *bad)
+
+
+def test_status_says_how_far_a_search_is(capsys, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    assert "has no status.json" in refused(capsys, "status", folder)
+    console = ConsoleProgress()
+    told = []
+    status = Status(folder, console, lambda: [[2, 1], [0, 3]], lambda: 4, told.append)
+    spent = dict.fromkeys(Spent.__dataclass_fields__, 0) | {"answers": 7, "completion_tokens": 90, "generating": 3.0}
+    spent |= {"evaluations": 3, "cheap": 5, "evaluating": 16.0}
+    facts = {"generation": 2, "generations": 9, "candidates": 31, "best": {"id": "g01-c02", "nll": 4.0}, "spent": spent}
+    with locked(folder):
+        status.step("evaluating (fitness)", 3, 8)
+        status.state(facts | {"left": {"calls": 40.0, "tokens": None}})
+        status.step("evaluating (fitness)", 4, 8)  # too soon to be written
+        found = json.loads(shown(capsys, "status", folder, "--json"))
+        assert found["state"] == "running" and found["doing"] == {"what": "evaluating (fitness)", "done": 3, "total": 8}
+        assert "generation" not in found and not told
+        status._written = 0.0
+        status.step("evaluating (fitness)", 5, 8)
+        text = shown(capsys, "status", folder)
+        for part in ("generation 2 of 9, 31 candidates", "best g01-c02: fitness 4.0000, perplexity 54.60", "5 of 8",
+                     "replica 1: 0 3 candidates in flight", "4 evaluators were made anew", "30 tokens/s, 1800 eval",
+                     "left: 40 calls", "running, last heard of 0 s ago"):  # fmt: skip
+            assert part in text
+        assert told[0]["in_flight"] == 6 and told[0]["best_fitness_nats"] == 4.0 and set(told[0]) == set(GAUGES)
+    assert "gone, last heard" in shown(capsys, "status", folder)
+    status.end("stopped")
+    assert "stopped, last heard" in shown(capsys, "status", folder)
+
+
+def shown(capsys, *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out

@@ -17,7 +17,7 @@ class Counted:
     """Writes and measures; says how often."""
 
     def __init__(self):
-        self.asked, self.measured, self.lost = 0, [], False
+        self.asked, self.measured, self.poison = 0, [], False
 
     def generate(self, requests):
         self.asked += 1
@@ -26,7 +26,10 @@ class Counted:
     def evaluate(self, jobs, split="fitness"):
         for index in reversed(range(len(jobs))):
             self.measured.append((jobs[index].key, split))
-            yield index, Evaluation(1.0 + index, 10, seconds=2.0, error="lost" if self.lost else None, lost=self.lost)
+            if self.poison:
+                yield index, Evaluation(None, 0, error="given up", poison=True, traceback="pid 7")
+            else:
+                yield index, Evaluation(1.0 + index, 10, seconds=2.0)
 
 
 @pytest.fixture
@@ -82,13 +85,13 @@ def test_each_budget_is_used_up_at_its_bound(make, budget, bound, other):
             assert f"of {bound:,.0f}" in ledger.line()
 
 
-def test_what_the_actors_lost_may_be_measured_again(make):
-    make.worker.lost = True
-    (lost,) = make().measure([ONE], "fitness")
-    assert lost.lost
-    make.worker.lost = False
-    (found,) = make().measure([ONE], "fitness")
-    assert found.nll == 1.0 and len(make.worker.measured) == 2
+def test_what_brought_evaluators_down_is_not_tried_again(make):
+    make.worker.poison = True
+    (first,) = make().measure([ONE], "fitness")
+    make.worker.poison = False
+    again = make()
+    assert again.measure([ONE], "fitness") == [first] and first.poison and len(make.worker.measured) == 1
+    assert again.noted(ONE.key, "traceback") == "pid 7" and again.noted(TWO.key, "traceback") is None
 
 
 def test_a_generation_that_ended_asks_nothing_more(make):

@@ -154,13 +154,13 @@ def test_a_broken_algorithm_never_reaches_the_second_fidelity(lineage):
 
 
 def test_what_cannot_be_measured_is_stopped_with_a_reason(lineage):
-    for lost in (False, True):
-        broken = Evaluation(None, 0, error="out of memory", lost=lost)
+    for poison in (False, True):
+        broken = Evaluation(None, 0, error="out of memory", poison=poison)
         screen = Screen(SearchPlan(), lineage, lambda a, split, broken=broken: [broken] * len(a))
         screen.learn(list(lineage))
         new = candidate("new", "std", 0, "0000", status="proposed")
-        assert screen.passed([new]) == [] and new.status == "failed"
-        assert new.error == "out of memory" and new.lost == lost
+        assert screen.passed([new]) == [] and new.status == ("poison" if poison else "failed")
+        assert new.error == "out of memory"
 
 
 def test_the_most_promising_goes_first(lineage):

@@ -63,15 +63,16 @@ OF_MATRIX = "def score(W, x_norm):\n    return W.abs().mean(dim=1, keepdim=True)
 
 
 class OneGroup(LocalEvaluator):
-    """On the probe's text `liked` does better than the other group; `lost` are the groups whose measurements are."""
+    """On the probe's text `liked` does better than the other group; `broken` are the groups that bring
+    evaluators down."""
 
-    liked, lost = "matrix", frozenset()
+    liked, broken = "matrix", frozenset()
 
     def evaluate(self, jobs, split="fitness", sparsity=None):
         for index, evaluation in super().evaluate(jobs, split, sparsity):
             group = jobs[index].group
-            if split == "probe" and group in self.lost and jobs[index].score.count("x_std"):
-                yield index, Evaluation(None, 0, error="an actor died", lost=True)
+            if split == "probe" and group in self.broken and jobs[index].score.count("x_std"):
+                yield index, Evaluation(None, 0, error="given up", poison=True)
             elif split == "probe":
                 level = 5.0 if group == self.liked else 6.0
                 yield index, replace(evaluation, nll=level, window_nlls=(level,))
@@ -114,12 +115,17 @@ def test_what_is_no_algorithm_in_the_better_group_stays_in_its_own(tmp_path, tin
     assert found.algorithm.group == "matrix" and not found.regrouped and found.status not in ("invalid", "failed")
 
 
-@pytest.mark.parametrize("lost", [{"row"}, {"matrix"}, {"row", "matrix"}])
-def test_without_a_measurement_no_group_is_chosen(tmp_path, tiny_model, lost):
-    search, (found,) = asked(tmp_path, tiny_model, GROUPED.format(group="row", score=PRODUCT), lost=lost)
-    assert (found.status, found.lost, found.error, found.regrouped) == ("failed", True, "an actor died", False)
-    tried = [split for key, split in search.evaluator.measured if key == found.algorithm.key]
-    assert tried == ["probe"], "what kills an actor is not tried again"
+@pytest.mark.parametrize("broken", [{"row"}, {"matrix"}, {"row", "matrix"}])
+def test_the_group_that_can_be_measured_is_the_better_one(tmp_path, tiny_model, broken):
+    """Where neither can, the candidate is poison, and nothing more is tried."""
+    search, (found,) = asked(tmp_path, tiny_model, GROUPED.format(group="row", score=PRODUCT), broken=broken)
+    assert found.algorithm.group == ("matrix" if broken == {"row"} else "row")
+    assert found.regrouped == (broken == {"row"})
+    tried = {split for key, split in search.evaluator.measured if key == found.algorithm.key}
+    if len(broken) == 2:
+        assert (found.status, found.error) == ("poison", "given up") and tried == {"probe"}
+    else:
+        assert found.status != "poison"
 
 
 def test_edges_carry_the_measured_effect(tmp_path, fresh):

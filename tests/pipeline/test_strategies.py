@@ -194,30 +194,27 @@ def test_a_raised_budget_and_a_lost_checkpoint_change_nothing_that_was_done(tmp_
     assert (again.spent.answers, again.spent.evaluations) == (spent.answers, spent.evaluations)
 
 
-def test_what_the_actors_lost_is_no_verdict(tmp_path, fresh, monkeypatch):
-    """Seeds that were lost are measured when the search is resumed; a lost cheap measurement says nothing of masks."""
-
-    lost = Evaluation(None, 0, error="an actor died", lost=True)
+def test_what_brings_evaluators_down_is_poison_in_every_run(tmp_path, fresh, monkeypatch):
+    """Its masks are not tried again, it is told of as a failure, and a resumed search says the same of it."""
+    poison = Evaluation(None, 0, error="given up", poison=True, traceback="pid 7")
     config = with_plan(small_config(tmp_path), operators={"mutate": 1.0, "tune": 1.0})
-    with monkeypatch.context() as patched:
-        patched.setattr(LocalEvaluator, "evaluate", lambda self, jobs, split: ((i, lost) for i in range(len(jobs))))
-        with pytest.raises(InputError, match="none of the seeds could be measured .*an actor died"):
-            run(tmp_path, fresh, config)
     real = LocalEvaluator.evaluate
 
-    def flaky(self, jobs, split="fitness"):
+    def breaking(self, jobs, split="fitness"):
         for index, evaluation in real(self, jobs, split):
-            yield index, lost if split.startswith("fitness[") else evaluation
+            yield index, poison if split.startswith("fitness[") else evaluation
 
     with monkeypatch.context() as patched:
-        patched.setattr(LocalEvaluator, "evaluate", flaky)
+        patched.setattr(LocalEvaluator, "evaluate", breaking)
         search = run(tmp_path, fresh, config)
-    stopped = [c for c in search.lineage if c.lost]
-    assert stopped and all(c.status == "failed" and c.error == "an actor died" for c in stopped)
-    assert any(c.operator == "tune" for c in search.lineage)
-    hashes = [c.mask_hash for c in stopped]
-    assert len(set(hashes)) < len(hashes), "the script writes the same twice"
-    assert not any(c.repeats in {s.id for s in stopped} for c in search.lineage), "its masks may be tried again"
+    stopped = [c for c in search.lineage if c.status == "poison"]
+    assert stopped and all(c.error == "given up" for c in stopped)
+    hashes = [c.mask_hash for c in stopped if c.operator != "tune"]
+    assert len(set(hashes)) == len(hashes)
+    assert any(c.repeats in {s.id for s in stopped} for c in search.lineage)
+    assert "pid" not in json.dumps(search.lineage.to_dict())
+    again = run(tmp_path, fresh, config)
+    assert without_clock(again.lineage) == without_clock(search.lineage)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,198 @@
+"""vLLM in Ray actors: one or several engines, which are made anew when they die."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+
+from autoprune.actors.guard import guard_session
+from autoprune.actors.messages import Answer, Messages, Request, chat, last_line
+from autoprune.models.errors import InputError, Lost
+from autoprune.models.loading import load_tokenizer, resolve_model
+from autoprune.models.pruning import native_dtype
+
+DEATHS = 3  # so often may an engine die without having answered anything between
+
+
+class VllmEngine:
+    """The body of the Ray actor: one vLLM `AsyncLLM`. The engine is seeded, not the requests: a seed per request
+    together with chunked prefill kills vLLM's CPU engine, and the search's journal makes runs reproducible anyway."""
+
+    async def start(self, options: dict) -> None:
+        """Load the model. options: keyword arguments of vLLM's AsyncEngineArgs; a bundled model name is resolved."""
+        # Ray sets one thread for an actor that reserves no CPU; vLLM would bind itself to all cores but one.
+        os.environ |= {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        import torch
+
+        if not torch.cuda.is_available():
+            # vLLM serves a bfloat16 model in bfloat16, which a processor without instructions for it emulates, at a
+            # fraction of the speed of float32.
+            options = {"dtype": native_dtype("auto")} | options
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.guard = guard_session()
+        self.engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**options | {"model": str(resolve_model(options["model"]))})
+        )
+        self.tokenizer = self.engine.get_tokenizer()
+        self.served = 0
+
+    async def complete(self, request: Request) -> list[Answer]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+        prompt = self.tokenizer.apply_chat_template(chat(request.messages), tokenize=False, add_generation_prompt=True)
+        parameters = SamplingParams(
+            n=request.n,
+            temperature=request.temperature,
+            max_tokens=request.max_tokens,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            structured_outputs=StructuredOutputsParams(grammar=request.grammar) if request.grammar else None,
+        )
+        self.served += 1
+        async for output in self.engine.generate(prompt, parameters, request_id=f"request-{self.served}"):
+            final = output
+        return [
+            Answer(o.text, len(final.prompt_token_ids), len(o.token_ids), o.finish_reason or "stop")
+            for o in sorted(final.outputs, key=lambda o: o.index)
+        ]
+
+    async def sleep(self) -> None:
+        """Free the accelerator: weights go to the CPU's memory, the cache goes."""
+        await self.engine.sleep(level=1)
+
+    async def wake_up(self) -> None:
+        await self.engine.wake_up()
+
+
+class VllmGenerator:
+    """Driver side of the engines. Requests go to them by turns; what an engine that died left unanswered is sent again.
+
+    With `sleeps`, engines are awake only while they write, so that evaluators can have the same GPU.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        resources,
+        options: dict,
+        kv_cache_gib: int,
+        places: Sequence = (None,),
+        sleeps: bool = False,
+        report: Callable[[str], None] = lambda _: None,
+        actor: type = VllmEngine,
+    ) -> None:
+        """model: a name that every node can resolve. resources: ActorResources of each engine. options: further
+        AsyncEngineArgs. places: where each engine runs (`Neighbours`, or None for anywhere). report: called with a line
+        for people when something worth knowing happens. actor: the class of the actors, VllmEngine or one that does as
+        it does."""
+        self._class, self._stopped = actor, False
+        self.model, self._resources, self._options = model, resources, options
+        self._places, self._sleeps, self._report = list(places), sleeps and resources.device != "cpu", report
+        environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CONFIGURE_LOGGING": "1", "TQDM_DISABLE": "1"}
+        if resources.device == "cpu":
+            environment |= {"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}
+        else:
+            self._options = {
+                "gpu_memory_utilization": round(0.9 * min(1.0, resources.num_gpus), 2),
+                "tensor_parallel_size": max(1, int(resources.num_gpus)),
+                "enable_sleep_mode": self._sleeps,
+                # vLLM's other way, Ray, would want a GPU in each bundle of the actor's place.
+                "distributed_executor_backend": "mp",
+            } | options
+        self._environment = environment
+        self._tokenizer = load_tokenizer(resolve_model(model))
+        self._deaths = [0] * len(self._places)  # since the last answer
+        self._actors, self._started = [], []
+        for number in range(len(self._places)):
+            actor, started = self._make(number)
+            self._actors.append(actor)
+            self._started.append(started)
+
+    def _make(self, number: int) -> tuple:
+        import ray
+
+        resources, place = self._resources, self._places[number]
+        actor = (
+            ray.remote(self._class)
+            .options(
+                num_cpus=resources.num_cpus,
+                num_gpus=resources.num_gpus,
+                runtime_env={"env_vars": self._environment},
+                **({"scheduling_strategy": place.strategy(0)} if place else {}),
+            )
+            .remote()
+        )
+        seed = self._options.get("seed", 0) + number  # or all engines would write the same
+        return actor, actor.start.remote({"model": self.model, **self._options, "seed": seed})
+
+    def wait(self) -> None:
+        """Block until the engines serve. Raises InputError when they cannot serve the model with these options."""
+        import ray
+
+        try:
+            ray.get(self._started)
+        except ray.exceptions.RayError as error:
+            raise InputError(f"vLLM cannot serve {self.model} ({last_line(error)}): check generator.*") from error
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
+        """Answers per request. Raises Lost when an engine died DEATHS times without an answer between."""
+        import ray
+
+        answers: dict[int, list[Answer]] = {}
+        while len(answers) < len(requests):
+            left = [index for index in range(len(requests)) if index not in answers]
+            dead: dict[int, Exception] = {}
+            self._call("wake_up")
+            calls = []
+            for turn, index in enumerate(left):
+                number = turn % len(self._actors)
+                calls.append((index, number, self._actors[number].complete.remote(requests[index])))
+            for index, number, call in calls:
+                try:
+                    answers[index] = ray.get(call)
+                    self._deaths[number] = 0
+                except ray.exceptions.RayError as error:
+                    dead[number] = error
+            for number, error in dead.items():
+                self._replace(number, error)
+        self._call("sleep")
+        return [answers[index] for index in range(len(requests))]
+
+    def _call(self, method: str) -> None:
+        import ray
+
+        for call in [getattr(actor, method).remote() for actor in self._actors] if self._sleeps else []:
+            with contextlib.suppress(ray.exceptions.RayError):  # the requests that follow say whose end it was
+                ray.get(call)
+
+    def _replace(self, number: int, error: Exception) -> None:
+        """Make an engine anew and wait until it serves."""
+        import ray
+
+        if self._stopped:
+            raise Lost(f"vLLM was stopped while it served {self.model}") from error
+        self._deaths[number] += 1
+        if self._deaths[number] >= DEATHS:
+            raise Lost(f"vLLM stopped serving {self.model} ({last_line(error)})") from error
+        self._report(f"vLLM is started again ({last_line(error)}); what it had not answered is asked again")
+        ray.kill(self._actors[number])
+        self._actors[number], self._started[number] = self._make(number)
+        try:
+            ray.get(self._started[number])
+        except ray.exceptions.RayError as trouble:
+            self._replace(number, trouble)
+
+    def count(self, messages: Messages) -> int:
+        text = self._tokenizer.apply_chat_template(chat(messages), tokenize=False, add_generation_prompt=True)
+        return len(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def stop(self) -> None:
+        """End the actors; their guards end the engines' processes."""
+        import ray
+
+        self._stopped = True
+        for actor in self._actors:
+            ray.kill(actor)

@@ -1,0 +1,135 @@
+"""What a search ends with: seeds and best on the report split, the pruned model, and the report."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+from autoprune.actors.messages import Evaluation
+from autoprune.algorithms.answers import SALVAGES
+from autoprune.models.export import SIDECAR
+from autoprune.pipeline.config import Config
+from autoprune.pipeline.gcot import VERSION
+from autoprune.pipeline.ledger import REPORT
+from autoprune.pipeline.lineage import STATUSES
+from autoprune.pipeline.preparation import SPLITS
+from autoprune.pipeline.report import write_report
+from autoprune.pipeline.run_folder import CONFIG_FILE
+from autoprune.pipeline.search import Progress, Search
+
+# That are no models.
+WRITERS = {"scripted": "scripted answers", "grammar": "the grammar, at random", "genetic": "variation, at random"}
+
+
+def conclude(
+    config: Config,
+    folder: Path,
+    pool,
+    search: Search,
+    hashes: dict[str, str],
+    ui_command: str,
+    progress: Progress,
+) -> tuple[list[Path], dict[str, float]]:
+    """Measure seeds and best on the report split, export the best, write the report. Returns artifacts and metrics."""
+    best = search.lineage.best()
+    rows = [("dense", None), *((c.id.removeprefix("seed-"), c) for c in search.lineage if c.operator == "seed")]
+    rows = [(method, c) for method, c in rows if c is None or c.status == "evaluated"] + [("best found", best)]
+    algorithms = [c.algorithm for _, c in rows if c is not None]
+    cases = search.evaluator.cases if config.target.further else []
+    each = [search.measure(algorithms, f"{REPORT}@{index}") for index in range(len(cases))]
+    reported = each[0] if each else search.measure(algorithms, REPORT)
+    measured = [(search.evaluator.dense["fitness"], pool.dense["report"])]
+    measured += [(c.evaluation, e) for (_, c), e in zip(rows[1:], reported, strict=True)]
+    table = [_row(method, candidate, *pair) for (method, candidate), pair in zip(rows, measured, strict=True)]
+    model = folder / "model"
+    if model.exists() and json.loads((model / SIDECAR).read_text()).get("candidate") != best.id:
+        shutil.rmtree(model)  # of an earlier end, before the budget was raised
+    if not model.exists():
+        progress.say(f"writing the pruned model of {best.id}")
+        details = {
+            "model": config.target.model,
+            "candidate": best.id,
+            "calibration": {
+                "corpus": config.data.calibration,
+                "sha256": hashes["calibration"],
+                "windows": config.data.calibration_windows,
+                "context": config.data.context,
+            },
+            "dtype": config.target.dtype,
+            "perplexity": {"fitness_nll": best.fitness, "report_nll": reported[-1].nll},
+        }
+        pool.export(model, best.algorithm, details)
+    written = [c for c in search.lineage if c.operator not in ("seed", "tune")]
+    counts = {status: sum(c.status == status for c in written) for status in STATUSES}
+    spent = search.spend()
+    summary = {
+        "name": config.name,
+        "config": config.to_dict(),
+        "target": config.target.model,
+        "generator": WRITERS.get(config.generator.kind, config.generator.model),
+        "prompts": VERSION,
+        "sparsity": config.target.sparsity,
+        "dtype": config.target.dtype,
+        "context": config.data.context,
+        "corpora": {name: getattr(config.data, name) for name in SPLITS},
+        "corpora_sha256": hashes,
+        "tokens_scored": {name: pool.dense[name].tokens for name in ("fitness", "report")},
+        "table": table,
+        "cases": [
+            {
+                "name": case.name,
+                "report_nll": dict(
+                    zip(
+                        [method for method, _ in rows],
+                        [case.pool.dense[REPORT].nll, *(e.nll for e in own)],
+                        strict=True,
+                    )
+                ),
+            }
+            for case, own in zip(cases, each, strict=True)
+        ],
+        "counts": {
+            "answers": spent.answers,
+            "usable": spent.answers - counts["invalid"],
+            "invalid": counts["invalid"],
+            "repeated": counts["repeat"],
+            "screened": counts["screened"],
+            "surplus": counts["surplus"],
+            "evaluated": counts["evaluated"],
+            "failed": counts["failed"],
+            "poison": counts["poison"],
+        },
+        "salvaged": {kind: sum(kind in c.salvaged and c.status != "invalid" for c in written) for kind in SALVAGES},
+        "tokens": {"prompt": spent.prompt_tokens, "completion": spent.completion_tokens},
+        "seconds": {
+            "generating": spent.generating,
+            "evaluating": spent.evaluating,
+            "waiting": max(0.0, spent.total - spent.generating - spent.evaluating),
+            "total": spent.total,
+        },
+        "best": best.id,
+        "model": str(model),
+        "mlflow": ui_command,
+        "command": shlex.join(["autoprune", "search", str(folder / CONFIG_FILE), "--set", f"name={config.name}-again"]),
+    }
+    artifacts = write_report(folder, search.lineage, summary)
+    metrics = {f"report_nll.{metric_name(row['method'])}": row["report_nll"] for row in table}
+    return [*artifacts, folder / "lineage.json", folder / CONFIG_FILE], metrics
+
+
+def metric_name(method: str) -> str:
+    """A method's text in the letters that MLflow takes for the name of a metric."""
+    return re.sub(r"[^\w./-]", "-", method.replace(" ", "_"))
+
+
+def _row(method: str, candidate, fitness: Evaluation, report: Evaluation) -> dict:
+    return {
+        "method": method,
+        "candidate": candidate.id if candidate is not None else None,
+        "sparsity": fitness.sparsity,
+        "fitness_nll": fitness.nll,
+        "report_nll": report.nll,
+    }

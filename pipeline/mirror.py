@@ -1,0 +1,120 @@
+"""A copy of a run on another filesystem, so that a search goes on where its machine did not: `storage` in the
+configuration, a folder that pyarrow.fs knows.
+
+Files are written whole, and a checkpoint's manifest after what it vouches for: what an object store shows is always
+something to go on from. Of the journal there is one object for each record since the last checkpoint, and one for all
+records before it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from autoprune.actors.storage import Storage
+from autoprune.models.errors import InputError
+from autoprune.pipeline.checkpoint import KEPT, MANIFEST, journal_line, write_atomic
+
+CONFIG, JOURNAL, CHECKPOINT = "config.yaml", "journal", "checkpoint"
+PART = re.compile(r"journal/(\d+)-(\d+)\.jsonl")  # of the records first … last
+
+
+class Mirror:
+    """Copies what a run writes. A storage that fails is told of, and gets what it missed with the next record."""
+
+    def __init__(self, storage: Storage, say: Callable[[str], None]) -> None:
+        self._storage, self._say = storage, say
+        self._sent = 0  # records
+        self._failing = False
+
+    def begin(self, config: bytes, records: list[dict]) -> None:
+        """The run goes on from here: its configuration, and what its journal holds already. Raises InputError where
+        nothing can be written."""
+        try:
+            self._storage.write(CONFIG, config)
+            self._replace_journal(records)
+        except OSError as error:
+            raise InputError(f"cannot write to storage {self._storage.uri}: {error}; check it and its rights") from None
+
+    def appended(self, records: list[dict]) -> None:
+        """Copy the records of the journal that are not there yet."""
+        self._try(lambda: self._append(records))
+
+    def saved(self, generation: str, files: dict[str, bytes], records: list[dict]) -> None:
+        """Copy a checkpoint, `files` with the manifest among them, and make one file of the journal."""
+        self._try(lambda: self._save(generation, files, records))
+
+    def _append(self, records: list[dict]) -> None:
+        if self._sent < len(records):
+            self._write_journal(self._sent, records)
+
+    def _write_journal(self, first: int, records: list[dict]) -> None:
+        name = f"{JOURNAL}/{first:08d}-{len(records) - 1:08d}.jsonl"
+        self._storage.write(name, b"".join(journal_line(record) for record in records[first:]))
+        self._sent = len(records)
+
+    def _replace_journal(self, records: list[dict]) -> None:
+        old = [name for name in self._storage.names(JOURNAL) if PART.fullmatch(name)]
+        if records:
+            self._write_journal(0, records)
+        whole = f"{JOURNAL}/{0:08d}-{len(records) - 1:08d}.jsonl"
+        self._storage.delete(*(name for name in old if name != whole))
+
+    def _save(self, generation: str, files: dict[str, bytes], records: list[dict]) -> None:
+        self._storage.delete(f"{CHECKPOINT}/{generation}/{MANIFEST}")
+        for name in sorted(files, key=lambda name: name == MANIFEST):
+            self._storage.write(f"{CHECKPOINT}/{generation}/{name}", files[name])
+        kept = sorted({Path(name).parent.name for name in self._storage.names(CHECKPOINT)})[-KEPT:]
+        gone = [name for name in self._storage.names(CHECKPOINT) if Path(name).parent.name not in kept]
+        # The manifest first: without it the rest is no checkpoint.
+        self._storage.delete(*sorted(gone, key=lambda name: Path(name).name != MANIFEST))
+        self._replace_journal(records)
+
+    def _try(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if not self._failing:
+                self._say(f"storage {self._storage.uri} cannot be written ({error}): it gets the rest when it can")
+            self._failing = True
+        else:
+            if self._failing:
+                self._say(f"storage {self._storage.uri} has everything again")
+            self._failing = False
+
+
+def fetch(storage: Storage, folder: Path) -> bool:
+    """Make a run's folder from its copy, where the copy has more than the folder. Whether that was so.
+
+    Raises InputError where the copy's journal has a gap.
+    """
+    config = storage.read(CONFIG)
+    if config is None:
+        return False
+    lines = _journal(storage)
+    journal = folder / "journal.jsonl"
+    here = journal.read_bytes().count(b"\n") if journal.exists() else -1
+    if len(lines) <= here:
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)  # it may be of another way on from the same journal
+    names = storage.names(CHECKPOINT)
+    for name in (name for name in names if f"{Path(name).parent}/{MANIFEST}" in names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / name, storage.read(name))
+    write_atomic(journal, b"".join(lines))
+    write_atomic(folder / CONFIG, config)
+    return True
+
+
+def _journal(storage: Storage) -> list[bytes]:
+    """Its lines, in order, from whatever files there are: one may hold what others hold, too."""
+    lines: list[bytes] = []
+    parts = sorted((int(m[1]), -int(m[2]), m[0]) for name in storage.names(JOURNAL) if (m := PART.fullmatch(name)))
+    for first, _, name in parts:
+        if first > len(lines):
+            raise InputError(f"{storage.uri}: the journal lacks record {len(lines)}: restore it from a copy")
+        lines += (storage.read(name) or b"").splitlines(keepends=True)[len(lines) - first :]
+    return lines

@@ -1,0 +1,82 @@
+"""The folder of a run: made once, resumed with the same configuration, written by one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from autoprune.actors.storage import Storage
+from autoprune.models.errors import InputError
+from autoprune.pipeline.checkpoint import Journal, load_checkpoint, write_atomic
+from autoprune.pipeline.config import FREE, Config, difference, load_config
+from autoprune.pipeline.ledger import JOURNAL
+from autoprune.pipeline.mirror import fetch
+from autoprune.pipeline.preparation import place_of
+from autoprune.pipeline.search import CHECKPOINT
+from autoprune.pipeline.status import LOCK
+
+CONFIG_FILE = "config.yaml"
+
+
+def begun(config: Config) -> bool:
+    """Whether the run of this configuration exists, here or in its storage."""
+    if (config.folder / CONFIG_FILE).exists():
+        return True
+    return bool(config.storage) and Storage(place_of(config)).read(CONFIG_FILE) is not None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """This process is the only one that searches in a folder. Raises InputError where another does: two writers would
+    spoil the journal, as when a job is tried again while the first one is still there."""
+    with open(folder / LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is searching in {folder}: wait for its end, or stop it") from None
+        except OSError:
+            pass  # a filesystem without locks
+        yield
+
+
+def open_folder(folder: Path, config: Config, resume: bool, held: ExitStack) -> None:
+    """Make the run folder, or check that the one to resume has the same configuration; `held` keeps its lock."""
+    stored = folder / CONFIG_FILE
+    storage = Storage(place_of(config)) if config.storage else None
+    if storage is not None and resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(folder))
+        fetch(storage, folder)
+    if resume:
+        if not stored.exists():
+            raise InputError(f"no run to resume in {folder}: expected {CONFIG_FILE} there")
+        changed = difference(load_config(stored), config)
+        if changed:
+            free = ", ".join(f"{section}.{name}".strip(".") for section, names in FREE.items() for name in names)
+            raise InputError(
+                f"the configuration of {folder} was changed ({'; '.join(changed)}): start another run; what a run may "
+                f"be resumed with other values of is {free}"
+            )
+        if storage is None:
+            held.enter_context(locked(folder))
+        # Damage is told now, not after minutes of loading models.
+        Journal(folder / JOURNAL)
+        load_checkpoint(folder / CHECKPOINT)
+        write_atomic(stored, config.to_yaml().encode())
+        return
+    if storage is not None and storage.read(CONFIG_FILE) is not None:
+        raise InputError(f"{storage.uri} holds a run: add --resume {config.name} to go on, or choose another name")
+    if folder.exists() and any(entry.name != LOCK for entry in folder.iterdir()):
+        raise InputError(f"run folder {folder} exists: add --resume {config.name} to go on, or choose another name")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(folder))
+        write_atomic(stored, config.to_yaml().encode())
+    except OSError as error:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise InputError(
+            f"cannot write to {folder}: {error.strerror}; choose another folder with --set runs=…"
+        ) from None

@@ -1,0 +1,117 @@
+"""A run copied to another filesystem goes on from there, to the same end, whatever was lost and whenever it stopped."""
+
+import json
+import shutil
+
+import pytest
+from local import LocalEvaluator, SilentProgress, local_search, small_config, without_clock
+
+from autoprune.actors.storage import Storage
+from autoprune.models.errors import InputError
+from autoprune.pipeline.mirror import Mirror, fetch
+from autoprune.pipeline.search import Search
+
+
+@pytest.fixture(params=["local", "objects"])
+def storage(request, tmp_path) -> Storage:
+    """A folder, or what behaves as an object store does: pyarrow's own file system in memory."""
+    return Storage(str(tmp_path / "copy") if request.param == "local" else "mock:///bucket/copy")
+
+
+def mirrored(folder, evaluator, storage):
+    search = local_search(folder, evaluator)
+    parts = search.config, search.folder, search.generator, search.evaluator, search.tracker, search.progress
+    return Search(*parts, mirror=Mirror(storage, search.progress.say))
+
+
+def test_a_run_goes_on_from_its_copy(tmp_path, tiny_model, storage):
+    whole = local_search(tmp_path / "whole", LocalEvaluator(tiny_model, 0.5))
+    whole.run()
+    measured = len(whole.evaluator.measured)
+    evaluator = LocalEvaluator(tiny_model, 0.5)
+    for stop in range(1, measured, 5):
+        evaluator.die_after = stop
+        with pytest.raises(KeyboardInterrupt):
+            mirrored(tmp_path / "runs", evaluator, storage).run()
+        shutil.rmtree(tmp_path / "runs")
+        assert fetch(storage, small_config(tmp_path / "runs").folder)
+    evaluator.die_after = None
+    search = mirrored(tmp_path / "runs", evaluator, storage)
+    search.run()
+    assert without_clock(search.lineage) == without_clock(whole.lineage)
+    assert len(evaluator.measured) == measured, "nothing was measured twice"
+    assert len(storage.names("journal")) == 1, "a checkpoint makes one file of the journal"
+    assert len({name.split("/")[1] for name in storage.names("checkpoint")}) == 3
+    assert not fetch(storage, search.folder), "the folder has everything"
+
+
+class Broken:
+    """A storage that fails for a while."""
+
+    uri, failing = "s3://broken", False
+
+    def __init__(self, storage):
+        self._storage = storage
+
+    def write(self, name, data):
+        if self.failing:
+            raise OSError("no network")
+        self._storage.write(name, data)
+
+    def __getattr__(self, name):
+        return getattr(self._storage, name)
+
+
+def test_a_storage_that_is_away_gets_everything_later(storage, tmp_path):
+    broken, said = Broken(storage), SilentProgress()
+    mirror, records = Mirror(broken, said.say), [{"a": 1}]
+    mirror.begin(b"config", records)
+    broken.failing = True
+    for number in range(3):
+        records.append({"n": number})
+        mirror.appended(records)
+    assert len(said.said) == 1 and "no network" in said.said[0]
+    assert fetch(storage, tmp_path / "early") and (tmp_path / "early" / "journal.jsonl").read_text().count("\n") == 1
+    broken.failing = False
+    records.append({"last": True})
+    mirror.appended(records)
+    assert "everything again" in said.said[1]
+    assert fetch(storage, tmp_path / "late")
+    lines = (tmp_path / "late" / "journal.jsonl").read_text().splitlines()
+    assert [json.loads(line)["record"] for line in lines] == records
+    broken.failing = True
+    with pytest.raises(InputError, match="cannot write to storage s3://broken: no network"):
+        Mirror(broken, said.say).begin(b"config", records)
+
+
+def test_what_a_kill_leaves_of_a_journal_that_was_being_joined_is_whole(storage, tmp_path):
+    records = [{"n": number} for number in range(4)]
+    mirror = Mirror(storage, print)
+    mirror.begin(b"config", records[:2])
+    mirror.appended(records[:3])
+    mirror._write_journal(0, records)  # and then nothing: the old parts are still there
+    assert fetch(storage, tmp_path / "run")
+    lines = (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
+    assert [json.loads(line)["record"] for line in lines] == records
+    storage.delete("journal/00000000-00000003.jsonl", "journal/00000000-00000001.jsonl")
+    with pytest.raises(InputError, match="lacks record 0"):
+        fetch(storage, tmp_path / "other")
+
+
+def test_a_storage_that_does_not_exist_is_refused_in_a_line():
+    with pytest.raises(InputError, match="nonsense://x is no folder that pyarrow.fs can open"):
+        Storage("nonsense://x")
+
+
+def test_a_folder_of_a_storage_is_read_and_written_as_files(storage):
+    with storage.writing("state", last="facts") as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "facts").write_text("f")
+        (folder / "big").write_bytes(b"b" * 1000)
+    assert storage.names("state") == ["state/big", "state/facts"]
+    with storage.reading("state") as folder:
+        assert (folder / "big").read_bytes() == b"b" * 1000
+    with storage.reading("nothing") as folder:
+        assert not (folder / "facts").exists()
+    storage.delete("state/big", "state/never")
+    assert storage.names() == ["state/facts"] and storage.read("state/big") is None
