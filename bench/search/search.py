@@ -17,15 +17,14 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from autoprune.actors.generator import BY_CHANCE
-from autoprune.actors.placement import plan_resources
+from autoprune.actors.chance import BY_CHANCE
 from autoprune.actors.pool import EvaluatorPool
 from autoprune.models.perplexity import perplexity
-from autoprune.pipeline.config import Config, load_config
-from autoprune.pipeline.launch import cluster, signals, start_vllm
+from autoprune.pipeline.config import Config, build, difference, load_config
+from autoprune.pipeline.launch import cluster, reserve_places, signals, start_vllm
 from autoprune.pipeline.lineage import paired_difference
 from autoprune.pipeline.preparation import pool_plan, prepare_all, settled
 from autoprune.pipeline.progress import ConsoleProgress
@@ -68,10 +67,9 @@ def configuration(runs: Path, arm: str, seed: int, overrides: list[str]) -> Conf
     return config
 
 
-def plan(arm: str, seed: int, overrides: list[str]) -> dict:
-    """What a result rests on: the configuration without its place."""
-    own = [f"seed={seed}", *(ARMS | ABLATIONS)[arm], *overrides]
-    return {key: value for key, value in load_config(HERE / "search.yaml", own).to_dict().items() if key != "runs"}
+def plan(arm: str, seed: int, overrides: list[str]) -> Config:
+    """What a result rests on."""
+    return load_config(HERE / "search.yaml", [f"seed={seed}", *(ARMS | ABLATIONS)[arm], *overrides])
 
 
 def code() -> str:
@@ -89,11 +87,16 @@ def code() -> str:
 def finished(arm: str, seed: int, overrides: list[str]) -> bool:
     """Whether there is a result; SystemExit where it is of another configuration."""
     path = RESULTS / f"{arm}-{seed}.json"
-    if path.exists() and json.loads(path.read_text())["config"] != plan(arm, seed, overrides):
+    if not path.exists():
+        return False
+    # Keys that are newer than the result have their defaults in it.
+    changed = difference(build(Config, json.loads(path.read_text())["config"]), plan(arm, seed, overrides))
+    if changed:
         raise SystemExit(
-            f"{path} is of another configuration: move it away, or leave --set and search.yaml as they were"
+            f"{path} is of another configuration ({'; '.join(changed)}): move it away, or leave --set and search.yaml "
+            "as they were"
         )
-    return path.exists()
+    return True
 
 
 def fidelity(search: Search, count: int) -> dict:
@@ -178,9 +181,10 @@ def run(runs: Path, jobs: list[tuple[str, int]], overrides: list[str], count: in
     first = next(iter(configs.values()))
     prepared = prepare_all(first)[first.target.model]
     with cluster(), signals():
-        evaluators = first.evaluators
-        own, shared = plan_resources(evaluators.shards, evaluators.replicas, evaluators.threads)
-        pool = EvaluatorPool(pool_plan(first, prepared, shared), progress.say)
+        places = reserve_places(replace(first, generator=replace(first.generator, kind="vllm")), 1, progress.say)
+        # What evaluators learn of the dense model is the same for all searches.
+        shared = replace(first, name="all")
+        pool = EvaluatorPool(pool_plan(shared, prepared, places.evaluator), progress.say, places.replicas)
         vllm = None
         try:
             pool.start()
@@ -188,14 +192,16 @@ def run(runs: Path, jobs: list[tuple[str, int]], overrides: list[str], count: in
             for (arm, seed), config in configs.items():
                 kind = config.generator.kind
                 if kind == "vllm" and vllm is None:
-                    vllm = start_vllm(config, own)
+                    vllm = start_vllm(config, places, progress.say)
                     vllm.wait()
                 generator = vllm if kind == "vllm" else BY_CHANCE[kind](config.seed)
                 progress.say(f"=== {arm}, seed {seed}")
                 search = Search(config, config.folder, generator, pool, Untracked(), progress)
                 search.run()
                 found = {"arm": arm, "seed": seed, "writer": config.generator.model if kind == "vllm" else kind}
-                found |= {"code": code(), "config": plan(arm, seed, overrides)} | result(search, search.spent.total)
+                found |= {"code": code(), "config": plan(arm, seed, overrides).to_dict()} | result(
+                    search, search.spent.total
+                )
                 if count:
                     found["fidelity"] = fidelity(search, count)
                 RESULTS.mkdir(exist_ok=True)
