@@ -27,7 +27,7 @@ def nodes():
     """A cluster of three small nodes, in a folder of its own so that nothing else finds it."""
     from ray.cluster_utils import Cluster
 
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
         before = os.environ.get("RAY_TMPDIR")
         os.environ["RAY_TMPDIR"] = folder
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
