@@ -36,7 +36,8 @@ def where(row, count, resources):
 
 def run(body: str) -> str:
     script = HEAD + textwrap.dedent(body) + "\nray.shutdown()\nmade.shutdown()\n"
-    with tempfile.TemporaryDirectory(
+    # Short, since sockets lie in it, and apart, so that nobody else finds this cluster.
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
         dir="/tmp", ignore_cleanup_errors=True
     ) as folder:  # short: sockets lie in it; apart: nobody else finds it
         environment = os.environ | {"RAY_TMPDIR": folder}
