@@ -38,8 +38,6 @@ def run(body: str) -> str:
     script = HEAD + textwrap.dedent(body) + "\nray.shutdown()\nmade.shutdown()\n"
     # Short, since sockets lie in it, and apart, so that nobody else finds this cluster.
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
-        dir="/tmp", ignore_cleanup_errors=True
-    ) as folder:  # short: sockets lie in it; apart: nobody else finds it
         environment = os.environ | {"RAY_TMPDIR": folder}
         command = [sys.executable, "-c", script]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
