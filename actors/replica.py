@@ -175,10 +175,10 @@ def split_windows(splits: Mapping[str, torch.Tensor], name: str) -> torch.Tensor
 
 
 # What Ray says of an actor that went away for a reason in which no candidate has a part.
-BLAMELESS = ("ray.kill", "node has died", "node is dead", "preempted")
+BLAMELESS_WORDS = ("ray.kill", "node has died", "node is dead", "preempted")
 
 
 def blameless(error: BaseException) -> bool:
     """Whether a call failed since a node died or somebody who may killed an actor: no candidate's doing."""
     lost = (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError, ray.exceptions.ObjectFetchTimedOutError)
-    return isinstance(error, lost) or any(words in str(error) for words in BLAMELESS)
+    return isinstance(error, lost) or any(words in str(error) for words in BLAMELESS_WORDS)

@@ -15,6 +15,31 @@ from pyarrow import fs
 from autoprune.models.errors import InputError
 
 
+def sync_folder(folder: Path) -> None:
+    """A new name is durable only once its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file by `data`: whoever reads, whenever the power goes, sees the old bytes or the new ones."""
+    # The process id keeps two writers of one file from sharing their temporary file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
 def below(uri: str, name: str) -> str:
     """A folder of this name in that of a URI, whose options behind a question mark stay behind it."""
     folder, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
@@ -75,12 +100,7 @@ class Storage:
                 file.write(data)
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        temporary = f"{path}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomic(Path(path), data)
 
     def names(self, folder: str = "") -> list[str]:
         """Files below a folder, by their names here, in order."""

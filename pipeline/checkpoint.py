@@ -10,36 +10,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoprune.actors.storage import sync_folder, write_atomic
 from autoprune.models.errors import InputError
 
 SCHEMA_VERSION = 4
 KEPT = 3  # checkpoints: the newest, and two to fall back on when a disk damages it
 MANIFEST = "manifest.json"
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new name is durable only once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file by `data`: whoever reads, whenever the power goes, sees the old bytes or the new ones."""
-    # The process id keeps two writers of one file from sharing their temporary file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
 
 
 def journal_line(record: dict) -> bytes:
@@ -146,7 +122,7 @@ def save_checkpoint(folder: Path, generation: int, files: dict[str, bytes]) -> P
     if path.exists():  # a resumed search does a generation again
         shutil.rmtree(path)
     os.replace(writing, path)
-    _sync_folder(folder)
+    sync_folder(folder)
     for _, old in _checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
     return path

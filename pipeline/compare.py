@@ -17,6 +17,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Protocol
 
+from autoprune.actors.storage import write_atomic
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.allocation import needs as features_of
 from autoprune.algorithms.statistics import GRAM_READERS
@@ -29,7 +30,6 @@ from autoprune.models.loading import load_config, load_tokenizer, resolve_model
 from autoprune.models.masking import needs
 from autoprune.models.measuring import Measurement, Workbench
 from autoprune.models.pruning import check_model, default_device, native_dtype
-from autoprune.pipeline.checkpoint import write_atomic
 from autoprune.pipeline.comparison import Cell, Comparison, Result, Subject, cells
 from autoprune.pipeline.comparison_report import Findings, figure, write_plots, write_tables
 from autoprune.pipeline.launch import signals

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from autoprune.actors.storage import write_atomic
 from autoprune.algorithms.allocation import by_layer
 from autoprune.models.perplexity import perplexity
-from autoprune.pipeline.checkpoint import write_atomic
 from autoprune.pipeline.comparison import DENSE, Cell, Comparison, Method, Result, Subject, Target
 from autoprune.pipeline.plots import comparison_png
 

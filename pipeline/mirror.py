@@ -17,7 +17,7 @@ from autoprune.actors.storage import Storage
 from autoprune.models.errors import InputError
 from autoprune.pipeline.checkpoint import KEPT, MANIFEST, journal_line, write_atomic
 
-CONFIG, JOURNAL, CHECKPOINT = "config.yaml", "journal", "checkpoint"
+CONFIG_FILE, JOURNAL, CHECKPOINT = "config.yaml", "journal", "checkpoint"
 PART = re.compile(r"journal/(\d+)-(\d+)\.jsonl")  # of the records first … last
 
 
@@ -33,7 +33,7 @@ class Mirror:
         """The run goes on from here: its configuration, and what its journal holds already. Raises InputError where
         nothing can be written."""
         try:
-            self._storage.write(CONFIG, config)
+            self._storage.write(CONFIG_FILE, config)
             self._replace_journal(records)
         except OSError as error:
             raise InputError(f"cannot write to storage {self._storage.uri}: {error}; check it and its rights") from None
@@ -90,7 +90,7 @@ def fetch(storage: Storage, folder: Path) -> bool:
 
     Raises InputError where the copy's journal has a gap.
     """
-    config = storage.read(CONFIG)
+    config = storage.read(CONFIG_FILE)
     if config is None:
         return False
     lines = _journal(storage)
@@ -105,7 +105,7 @@ def fetch(storage: Storage, folder: Path) -> bool:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / name, storage.read(name))
     write_atomic(journal, b"".join(lines))
-    write_atomic(folder / CONFIG, config)
+    write_atomic(folder / CONFIG_FILE, config)
     return True
 
 

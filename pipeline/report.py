@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
+from autoprune.actors.storage import write_atomic
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
-from autoprune.pipeline.checkpoint import write_atomic
 from autoprune.pipeline.lineage import Candidate, Lineage, paired_difference
 from autoprune.pipeline.plots import REFERENCES, lineage_png, progress_png, sparsity_png
 

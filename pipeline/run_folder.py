@@ -12,12 +12,10 @@ from autoprune.models.errors import InputError
 from autoprune.pipeline.checkpoint import Journal, load_checkpoint, write_atomic
 from autoprune.pipeline.config import FREE, Config, difference, load_config
 from autoprune.pipeline.ledger import JOURNAL
-from autoprune.pipeline.mirror import fetch
+from autoprune.pipeline.mirror import CONFIG_FILE, fetch
 from autoprune.pipeline.preparation import place_of
 from autoprune.pipeline.search import CHECKPOINT
 from autoprune.pipeline.status import LOCK
-
-CONFIG_FILE = "config.yaml"
 
 
 def begun(config: Config) -> bool:
