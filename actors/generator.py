@@ -29,11 +29,11 @@ class OpenAIGenerator:
         base_url: str,
         model: str,
         api_key_variable: str = "OPENAI_API_KEY",
-        timeout: float = 600,
+        deadline: float = 1800.0,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """report: called with a line for people when something worth knowing happens. Raises InputError when nobody
-        answers at base_url or the model is not served there."""
+        """deadline: seconds for one request. report: called with a line for people when something worth knowing
+        happens. Raises InputError when nobody answers at base_url or the model is not served there."""
         self._report, self._stopped = report, threading.Event()
         import openai
 
@@ -41,7 +41,7 @@ class OpenAIGenerator:
         self.model = model
         self.grammar = True
         key = os.environ.get(api_key_variable) or "none"
-        self._client = openai.OpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=2)
+        self._client = openai.OpenAI(base_url=base_url, api_key=key, timeout=deadline, max_retries=2)
         try:
             served = [entry.id for entry in self._client.with_options(timeout=10, max_retries=0).models.list()]
         except openai.APIConnectionError:

@@ -70,7 +70,8 @@ class Answer:
 class Probe:
     """What a candidate's score function did on the small probe layers.
 
-    error: why it cannot be used, in one line, or None. poison: it brought evaluators down, as often as one may.
+    error: why it cannot be used, in one line, or None. poison: it brought evaluators down, as often as one may;
+    traceback: what was last seen of it then.
     mask: the packed masks that it yields on the probe, as hexadecimal digits ("" after an error). mask_hash: 16
     hexadecimal digits; equal masks, equal hash.
     """
@@ -79,6 +80,7 @@ class Probe:
     mask: str = ""
     mask_hash: str = ""
     poison: bool = False
+    traceback: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from autoprune.models.errors import InputError
 
 POLL = 2.0  # seconds between two looks at what the cluster has
+SOON = 3.0  # seconds for which nothing is said: a place that is free takes a moment, too
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,11 @@ def reserve(layout: Layout, limit: float, say: Callable[[str], None]) -> Reserva
                     f"the cluster did not become large enough within {limit:g} s ({missing}): add nodes, or ask for "
                     "less with evaluators.replicas, evaluators.shards, evaluators.gpus_per_shard, generator.engines"
                 )
-            if missing != told:
+            waited = time.monotonic() - began > min(SOON, limit / 4)
+            if waited and missing != told:
                 say(f"waiting for the cluster: {missing}")
-            told = missing
-            time.sleep(min(POLL, limit / 10))
+                told = missing
+            time.sleep(min(POLL if waited else POLL / 10, limit / 10))
     except BaseException:
         found.free()
         raise

@@ -75,11 +75,13 @@ class EvaluatorPool:
         self._replicas = [Replica(self.plan, self._tokens, places, self._actor) for places in self._places]
         for replica in self._replicas:
             replica.start()
-        waiting, looked = list(range(self.plan.replicas)), set()
+        waiting, looked, began = list(range(self.plan.replicas)), set(), time.monotonic()
         while waiting:
             for index in list(waiting):
                 try:
                     state = self._replicas[index].advance(LOOK / len(waiting))
+                    if state == "waiting" and time.monotonic() - began > START * self.plan.deadline:
+                        raise ray.exceptions.GetTimeoutError(f"not ready within {START * self.plan.deadline:g} s")
                 except ray.exceptions.RayError as error:
                     reason = self._unusable(error)
                     if index == 0 or isinstance(reason, InputError):
@@ -295,7 +297,7 @@ class EvaluatorPool:
                     broken.append(replica)
                     failures[index] += BLAMELESS if blameless(error) else 1
                     if failures[index] >= self.plan.attempts:
-                        found[index] = Probe(self._given_up(error), poison=True)
+                        found[index] = Probe(self._given_up(error), poison=True, traceback=str(error))
                     self._renew(self._replicas.index(replica), last_line(error))
         return [found[index] for index in range(len(algorithms))]
 

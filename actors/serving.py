@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Sequence
 
 from autoprune.actors.guard import guard_session
@@ -81,14 +82,16 @@ class VllmGenerator:
         kv_cache_gib: int,
         places: Sequence = (None,),
         sleeps: bool = False,
+        deadline: float = 1800.0,
         report: Callable[[str], None] = lambda _: None,
         actor: type = VllmEngine,
     ) -> None:
         """model: a name that every node can resolve. resources: ActorResources of each engine. options: further
-        AsyncEngineArgs. places: where each engine runs (`Neighbours`, or None for anywhere). report: called with a line
-        for people when something worth knowing happens. actor: the class of the actors, VllmEngine or one that does as
-        it does."""
-        self._class, self._stopped = actor, False
+        AsyncEngineArgs. places: where each engine runs (`Neighbours`, or None for anywhere). deadline: seconds that
+        the requests of one call of `generate` may take, then whoever has not answered counts as dead. report: called
+        with a line for people when something worth knowing happens. actor: the class of the actors, VllmEngine or one
+        that does as it does."""
+        self._class, self._stopped, self._deadline = actor, False, deadline
         self.model, self._resources, self._options = model, resources, options
         self._places, self._sleeps, self._report = list(places), sleeps and resources.device != "cpu", report
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CONFIGURE_LOGGING": "1", "TQDM_DISABLE": "1"}
@@ -146,13 +149,13 @@ class VllmGenerator:
             left = [index for index in range(len(requests)) if index not in answers]
             dead: dict[int, Exception] = {}
             self._call("wake_up")
-            calls = []
+            calls, began = [], time.monotonic()
             for turn, index in enumerate(left):
                 number = turn % len(self._actors)
                 calls.append((index, number, self._actors[number].complete.remote(requests[index])))
             for index, number, call in calls:
                 try:
-                    answers[index] = ray.get(call)
+                    answers[index] = ray.get(call, timeout=max(0.0, began + self._deadline - time.monotonic()))
                     self._deaths[number] = 0
                 except ray.exceptions.RayError as error:
                     dead[number] = error

@@ -69,7 +69,8 @@ class Generator:
     max_model_len (of prompt and answer together), kv_cache_gib (on a CPU) and engine (further arguments of vLLM's
     AsyncEngineArgs) are for "vllm". So are engines: so many of them share the prompts, each on tensor_parallel GPUs, or
     on a part of one (gpus_per_engine; 0: as large a share of the cluster's as every other actor); and sleeps: they
-    leave the GPU's memory to evaluators while they do not write.
+    leave the GPU's memory to evaluators while they do not write. deadline: seconds that a round's answers may take
+    before an engine is started again, or a server taken to be away.
     """
 
     kind: str = "vllm"
@@ -87,6 +88,7 @@ class Generator:
     tensor_parallel: int = 1
     gpus_per_engine: float = 0.0
     sleeps: bool = False
+    deadline: float = 1800.0
     engine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -462,6 +464,7 @@ FREE = {
         "tensor_parallel",
         "gpus_per_engine",
         "sleeps",
+        "deadline",
     ),
 }
 

@@ -64,7 +64,9 @@ def _prepare_generator(config: Config, progress: ConsoleProgress):
 
     settings = config.generator
     if settings.kind == "openai":
-        return OpenAIGenerator(settings.base_url, settings.model, settings.api_key_variable, report=progress.say)
+        return OpenAIGenerator(
+            settings.base_url, settings.model, settings.api_key_variable, settings.deadline, progress.say
+        )
     if settings.kind in BY_CHANCE:
         return BY_CHANCE[settings.kind](config.seed)
     if settings.kind == "scripted":
@@ -86,6 +88,7 @@ def start_vllm(config: Config, places, report: Callable[[str], None] = lambda _:
         settings.kv_cache_gib,
         places.engines,
         settings.sleeps,
+        settings.deadline,
         report,
     )
 

@@ -160,6 +160,8 @@ class Ledger:
     def close(self) -> None:
         """Nothing is written any more: whoever comes next has the journal to themselves."""
         with self._writing:
+            if self.mirror is not None and not self._closed:
+                self.mirror.close(self.records)
             self._closed = True
 
     def copy_checkpoint(self, name: str, files: dict[str, bytes]) -> None:
@@ -246,15 +248,30 @@ class Ledger:
             self.step(f"evaluating ({split})", done, len(jobs))
         return [self._measured(algorithm.key, split) for algorithm in algorithms]
 
+    def probe(self, algorithms: Sequence[Algorithm]) -> list[Probe]:
+        """What the score functions do on the probe layers. Only what is poison gets into the journal: finding that out
+        takes evaluators, and another time it might not be found."""
+        left = {a.key: a for a in algorithms if ("probe", a.key) not in self._places}
+        probes = dict(zip(left, self.evaluator.probe(list(left.values())) if left else (), strict=True))
+        for key, probe in probes.items():
+            if probe.poison:
+                self._append({"kind": "probe", "key": key, "probe": asdict(probe)})
+        known = {a.key: self._places.get(("probe", a.key)) for a in algorithms}
+        return [
+            probes[a.key] if known[a.key] is None else Probe(**self._use(known[a.key])["probe"]) for a in algorithms
+        ]
+
     def _measured(self, key: str, split: str) -> Evaluation:
         place = self._places["evaluation", key, split]
         return Evaluation.from_dict(self._use(place)["evaluation"])
 
     def noted(self, key: str, name: str) -> Any:
-        """ "seconds" or "traceback" of an algorithm's evaluation, or None: the journal's to know, since they are others
-        every time, and the graph is not."""
-        place = self._places.get(("evaluation", key, FULL))
-        return None if place is None else self._journal.records[place]["evaluation"][name]
+        """ "seconds" or "traceback" of an algorithm's evaluation or poisonous probe, or None: the journal's to know,
+        since they are others every time, and the graph is not."""
+        for kind, place in (("evaluation", ("evaluation", key, FULL)), ("probe", ("probe", key))):
+            if place in self._places:
+                return self._journal.records[self._places[place]][kind].get(name)
+        return None
 
     def asked(self, generation: int, round_: int) -> bool:
         """Whether the journal has answers of this round: they were paid for, so they are used."""
@@ -310,6 +327,8 @@ def _name(record: dict) -> tuple:
         return (record["kind"], record["generation"])
     if record["kind"] == "dense":
         return ("dense",)
+    if record["kind"] == "probe":
+        return ("probe", record["key"])
     return ("evaluation", record["key"], record["split"])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,13 +22,16 @@ CONFIG_FILE, JOURNAL, CHECKPOINT = "config.yaml", "journal", "checkpoint"
 PART = re.compile(r"journal/(\d+)-(\d+)\.jsonl")  # of the records first … last
 
 
+PAUSE = 30.0  # seconds for which a storage that failed is left alone: each try may take a time-out
+
+
 class Mirror:
-    """Copies what a run writes. A storage that fails is told of, and gets what it missed with the next record."""
+    """Copies what a run writes. A storage that fails is told of, and gets what it missed with a later record."""
 
     def __init__(self, storage: Storage, say: Callable[[str], None]) -> None:
         self._storage, self._say = storage, say
         self._sent = 0  # records
-        self._failing = False
+        self._failing, self._failed = False, 0.0
 
     def begin(self, config: bytes, records: list[dict]) -> None:
         """The run goes on from here: its configuration, and what its journal holds already. Raises InputError where
@@ -45,6 +49,15 @@ class Mirror:
     def saved(self, generation: str, files: dict[str, bytes], records: list[dict]) -> None:
         """Copy a checkpoint, `files` with the manifest among them, and make one file of the journal."""
         self._try(lambda: self._save(generation, files, records))
+
+    def close(self, records: list[dict]) -> None:
+        """The search ends: whatever the storage lacks is tried once more, and told of if it stays so."""
+        self._failed = 0.0
+        self.appended(records)
+        if self._failing:
+            self._say(
+                f"storage {self._storage.uri} lacks {len(records) - self._sent} records: the run's folder has them"
+            )
 
     def _append(self, records: list[dict]) -> None:
         if self._sent < len(records):
@@ -73,9 +86,12 @@ class Mirror:
         self._replace_journal(records)
 
     def _try(self, write: Callable[[], None]) -> None:
+        if self._failing and time.monotonic() - self._failed < PAUSE:
+            return
         try:
             write()
         except OSError as error:
+            self._failed = time.monotonic()
             if not self._failing:
                 self._say(f"storage {self._storage.uri} cannot be written ({error}): it gets the rest when it can")
             self._failing = True

@@ -266,9 +266,10 @@ class Search:
         """Settle which candidates are invalid, in which group new scores are compared, and which repeat another's
         masks, before anything is measured."""
         readable = [c for c in written if c.status == "proposed"]
-        for candidate, probe in zip(readable, self.evaluator.probe([c.algorithm for c in readable]), strict=True):
+        for candidate, probe in zip(readable, self.ledger.probe([c.algorithm for c in readable]), strict=True):
             if probe.error is not None:
                 candidate.status, candidate.error = "poison" if probe.poison else "invalid", probe.error
+                candidate.traceback = probe.traceback
             candidate.mask, candidate.mask_hash = probe.mask, probe.mask_hash
         others = reversed([*self.lineage, *earlier])
         settled = [c for c in others if c.status in ("evaluated", "failed", "poison", "screened", "proposed")]
@@ -287,7 +288,7 @@ class Search:
             return
         new = [c for c in valid if c.algorithm.group in GROUPS and self._has_new_score(c)]
         others = [replace(c.algorithm, group=next(g for g in GROUPS if g != c.algorithm.group)) for c in new]
-        probes = self.evaluator.probe(others)
+        probes = self.ledger.probe(others)
         choices = [
             (candidate, other, probe)
             for candidate, other, probe in zip(new, others, probes, strict=True)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from autoprune.actors.messages import Answer, Evaluation, Request
+from autoprune.actors.messages import Answer, Evaluation, Probe, Request
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.pipeline.config import Budgets
 from autoprune.pipeline.ledger import Ledger
@@ -22,6 +22,10 @@ class Counted:
     def generate(self, requests):
         self.asked += 1
         return [[Answer("a", 100, 7)] * request.n for request in requests]
+
+    def probe(self, algorithms):
+        self.measured += [(algorithm.key, "probe") for algorithm in algorithms]
+        return [Probe("given up", poison=True, traceback="pid 8") if self.poison else Probe(None)] * len(algorithms)
 
     def evaluate(self, jobs, split="fitness"):
         for index in reversed(range(len(jobs))):
@@ -92,6 +96,16 @@ def test_what_brought_evaluators_down_is_not_tried_again(make):
     again = make()
     assert again.measure([ONE], "fitness") == [first] and first.poison and len(make.worker.measured) == 1
     assert again.noted(ONE.key, "traceback") == "pid 7" and again.noted(TWO.key, "traceback") is None
+
+
+def test_a_probe_that_brought_evaluators_down_is_not_tried_again(make):
+    make.worker.poison = True
+    first = make().probe([ONE, ONE])
+    make.worker.poison = False
+    again = make()
+    assert again.probe([TWO, ONE]) == [Probe(None), first[0]] and first[0].poison and first[0] == first[1]
+    assert make.worker.measured == [(ONE.key, "probe"), (TWO.key, "probe")], "each once"
+    assert again.noted(ONE.key, "traceback") == "pid 8" and again.spent.cheap == 0
 
 
 def test_a_generation_that_ended_asks_nothing_more(make):

@@ -48,12 +48,13 @@ def test_a_run_goes_on_from_its_copy(tmp_path, tiny_model, storage):
 class Broken:
     """A storage that fails for a while."""
 
-    uri, failing = "s3://broken", False
+    uri, failing, tried = "s3://broken", False, 0
 
     def __init__(self, storage):
         self._storage = storage
 
     def write(self, name, data):
+        self.tried += 1
         if self.failing:
             raise OSError("no network")
         self._storage.write(name, data)
@@ -62,7 +63,8 @@ class Broken:
         return getattr(self._storage, name)
 
 
-def test_a_storage_that_is_away_gets_everything_later(storage, tmp_path):
+def test_a_storage_that_is_away_gets_everything_later(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr("autoprune.pipeline.mirror.PAUSE", 0.0)
     broken, said = Broken(storage), SilentProgress()
     mirror, records = Mirror(broken, said.say), [{"a": 1}]
     mirror.begin(b"config", records)
@@ -82,6 +84,24 @@ def test_a_storage_that_is_away_gets_everything_later(storage, tmp_path):
     broken.failing = True
     with pytest.raises(InputError, match="cannot write to storage s3://broken: no network"):
         Mirror(broken, said.say).begin(b"config", records)
+
+
+def test_a_storage_that_is_away_is_left_alone_for_a_while_and_tried_once_more_at_the_end(storage, tmp_path):
+    broken, said = Broken(storage), SilentProgress()
+    mirror, records = Mirror(broken, said.say), []
+    mirror.begin(b"config", records)
+    broken.failing, broken.tried = True, 0
+    for number in range(5):
+        records.append({"n": number})
+        mirror.appended(records)
+        mirror.saved("generation-0001", {"manifest.json": b"{}"}, records)
+    assert broken.tried == 1, "each try may take a time-out"
+    mirror.close(records)
+    assert broken.tried == 2 and said.said[-1].startswith("storage s3://broken lacks 5 records")
+    broken.failing = False
+    mirror.close(records)
+    assert fetch(storage, tmp_path / "run")
+    assert (tmp_path / "run" / "journal.jsonl").read_bytes().count(b"\n") == 5
 
 
 def test_what_a_kill_leaves_of_a_journal_that_was_being_joined_is_whole(storage, tmp_path):

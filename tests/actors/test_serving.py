@@ -1,0 +1,113 @@
+"""Engines that die or hang are started again, and what they had not answered is asked again; here they answer from
+their options, as vLLM's actor does from its model (which `test_walk` runs)."""
+
+import json
+import time
+
+import pytest
+from tiny import save_tiny_model
+
+from autoprune.actors.messages import Request
+from autoprune.actors.placement import ActorResources
+from autoprune.actors.serving import VllmGenerator
+from autoprune.models.errors import InputError, Lost
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def engine() -> type:
+    """Within a function, so that it travels to the actors by value."""
+
+    class Troubled:
+        """Fails as often as its file has letters: d(ies), h(angs) or f(ails to start), one letter each time."""
+
+        async def start(self, options):
+            self.file, self.seed = options["file"], options["seed"]
+            if self._next("f"):
+                raise ValueError("no such option")
+
+        def _next(self, *letters):
+            with open(self.file, "r+") as file:
+                left = file.read()
+                found = left[:1] if left[:1] in letters else ""
+                file.seek(0)
+                file.write(left[len(found) :])
+                file.truncate()
+            return found
+
+        async def complete(self, request):
+            import asyncio
+            import os
+
+            from autoprune.actors.messages import Answer
+
+            trouble = self._next("d", "h")
+            if trouble == "d":
+                os._exit(1)
+            if trouble == "h":
+                await asyncio.sleep(10_000)
+            return [Answer(f"{request.offset + n} by {self.seed}") for n in range(request.n)]
+
+    return Troubled
+
+
+@pytest.fixture
+def make(cluster, tmp_path):
+    model = save_tiny_model(tmp_path / "tiny")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
+    made, said = [], []
+
+    def new(troubles: str, engines: int = 1, **options) -> VllmGenerator:
+        (tmp_path / "troubles").write_text(troubles)
+        cpu, file = ActorResources(0, 0, "cpu"), {"file": str(tmp_path / "troubles")}
+        generator = VllmGenerator(
+            str(model), cpu, file, 1, (None,) * engines, report=said.append, actor=engine(), **options
+        )
+        made.append(generator)
+        return generator
+
+    new.said = said
+    yield new
+    for generator in made:
+        generator.stop()
+
+
+def requests(*offsets: int) -> list[Request]:
+    return [Request((("user", "write"),), n=2, temperature=1.0, max_tokens=9, offset=offset) for offset in offsets]
+
+
+def test_several_engines_share_the_prompts_and_answers_stay_in_order(make):
+    generator = make("", engines=2)
+    generator.wait()
+    answers = generator.generate(requests(0, 2, 4))
+    assert [[a.text for a in texts] for texts in answers] == [
+        ["0 by 0", "1 by 0"],
+        ["2 by 1", "3 by 1"],
+        ["4 by 0", "5 by 0"],
+    ]
+    assert generator.count((("user", "abc"),)) > 0
+
+
+@pytest.mark.parametrize("trouble, word", [("d", "Actor"), ("h", "Timeout")])
+def test_what_an_engine_left_unanswered_is_asked_again(make, trouble, word):
+    generator = make(trouble, deadline=2.0)
+    generator.wait()
+    began = time.monotonic()
+    (answers,) = generator.generate(requests(7))
+    assert [a.text for a in answers] == ["7 by 0", "8 by 0"]
+    assert len(make.said) == 1 and word in make.said[0] and "asked again" in make.said[0]
+    assert time.monotonic() - began < 60
+
+
+def test_an_engine_that_dies_again_and_again_ends_the_search(make):
+    generator = make("ddd")
+    generator.wait()
+    with pytest.raises(Lost, match="vLLM stopped serving"):
+        generator.generate(requests(0))
+    assert len(make.said) == 2
+
+
+def test_options_that_vllm_refuses_are_one_clear_line(make):
+    with pytest.raises(InputError, match=r"vLLM cannot serve .*no such option.*check generator"):
+        make("f").wait()
