@@ -44,7 +44,7 @@ def run_search(config: Config, resume: bool, progress: ConsoleProgress) -> Path:
     generator = _prepare_generator(config, progress)
     folder = config.folder
     check_space(folder, checkpoint_bytes(prepared[config.target.model].folder))
-    mirror = Mirror(Storage(place_of(config)), progress.say) if config.storage else None
+    mirror = Mirror(Storage(place_of(config)), progress.say, folder) if config.storage else None
     with ExitStack() as held:
         open_folder(folder, config, resume, held)
         try:

@@ -101,7 +101,7 @@ class Ledger:
         self._places: dict[tuple, int] = {}
         self._ahead: dict[tuple[int, int, str], Aside] = {}
         self._writing, self._closed = threading.Lock(), False
-        for place, record in enumerate(self._journal.records):
+        for place, record in enumerate(self._journal):
             self._places[_name(record)] = place
 
     def begin(self, now: Sequence[float], texts: Mapping[str, str]) -> None:
@@ -151,7 +151,7 @@ class Ledger:
         return runs
 
     def _use(self, place: int) -> dict:
-        record = self._journal.records[place]
+        record = self._journal[place]
         if place not in self._used:
             self._used.add(place)
             _count(self.spent, record)
@@ -164,16 +164,16 @@ class Ledger:
                 self.mirror.close(self.records)
             self._closed = True
 
-    def copy_checkpoint(self, name: str, files: dict[str, bytes]) -> None:
+    def copy_checkpoint(self, name: str) -> None:
         """A checkpoint was written: to the mirror with it, if there is one."""
         if self.mirror is not None:
             with self._writing:
-                self.mirror.saved(name, files, self.records)
+                self.mirror.saved(name, self.records)
 
     @property
-    def records(self) -> list[dict]:
+    def records(self) -> Sequence[dict]:
         """What the journal holds."""
-        return self._journal.records
+        return self._journal
 
     def _append(self, record: dict) -> dict:
         return self._use(self._note(record))
@@ -186,7 +186,7 @@ class Ledger:
             self._journal.append(record)
             if self.mirror is not None:
                 self.mirror.appended(self.records)
-            place = len(self._journal.records) - 1
+            place = len(self._journal) - 1
             self._places[_name(record)] = place
         return place
 
@@ -270,7 +270,7 @@ class Ledger:
         since they are others every time, and the graph is not."""
         for kind, place in (("evaluation", ("evaluation", key, FULL)), ("probe", ("probe", key))):
             if place in self._places:
-                return self._journal.records[self._places[place]][kind].get(name)
+                return self._journal[self._places[place]][kind].get(name)
         return None
 
     def asked(self, generation: int, round_: int) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import json
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import networkx as nx
@@ -115,16 +118,28 @@ def paired_difference(child: Evaluation, parent: Evaluation) -> tuple[float, flo
     return mean, math.sqrt(sum((d - centre) ** 2 for d in differences) / (count - 1) / count)
 
 
+def json_lines(items: Sequence[dict]) -> str:
+    """A JSON array with a line for each item."""
+    return "[\n" + ",\n".join(map(json.dumps, items)) + "\n]"
+
+
 class Lineage:
     """A `networkx.DiGraph` whose nodes are candidates in proposal order and whose edges point from parent to child."""
 
     def __init__(self) -> None:
         self.graph = nx.DiGraph()
+        self._ranked: list[Candidate] = []  # those that have a fitness, best first
+        self._generations: dict[int, list[Candidate]] = {}
 
     def add(self, candidate: Candidate) -> None:
+        """With the status that it keeps."""
         if candidate.id in self.graph:
             raise ValueError(f"there is a candidate {candidate.id} already")
+        candidate.prompt = sys.intern(candidate.prompt)  # many answers have one prompt
         self.graph.add_node(candidate.id, candidate=candidate)
+        self._generations.setdefault(candidate.generation, []).append(candidate)
+        if candidate.status == "evaluated":
+            bisect.insort_right(self._ranked, candidate, key=lambda c: c.fitness)
         for parent in candidate.parents:
             self.graph.add_edge(parent, candidate.id, **self._edge(self[parent], candidate))
 
@@ -161,7 +176,10 @@ class Lineage:
 
     def evaluated(self) -> list[Candidate]:
         """Candidates that have a fitness, best first; ties in proposal order."""
-        return sorted((c for c in self if c.status == "evaluated"), key=lambda c: c.fitness)
+        return list(self._ranked)
+
+    def of_generation(self, generation: int) -> list[Candidate]:
+        return list(self._generations.get(generation, ()))
 
     def best(self) -> Candidate:
         """Of those that were measured again on fresh text the best over all text; without any, the best."""
@@ -198,6 +216,11 @@ class Lineage:
     def to_dict(self) -> dict:
         edges = [{"parent": p, "child": c, **data} for p, c, data in self.graph.edges(data=True)]
         return {"candidates": [c.to_dict() for c in self], "edges": edges}
+
+    def to_json(self) -> str:
+        """`to_dict` with a line for each candidate and each edge."""
+        data = self.to_dict()
+        return f'{{"candidates": {json_lines(data["candidates"])}, "edges": {json_lines(data["edges"])}}}\n'
 
     @classmethod
     def from_dict(cls, data: dict) -> Lineage:

@@ -2,8 +2,8 @@
 configuration, a folder that pyarrow.fs knows.
 
 Files are written whole, and a checkpoint's manifest after what it vouches for: what an object store shows is always
-something to go on from. Of the journal there is one object for each record since the last checkpoint, and one for all
-records before it.
+something to go on from. Of the journal there is an object for each record since the last checkpoint, and before it one
+for the records between two checkpoints.
 """
 
 from __future__ import annotations
@@ -11,46 +11,46 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from autoprune.actors.storage import Storage
 from autoprune.models.errors import InputError
-from autoprune.pipeline.checkpoint import KEPT, MANIFEST, journal_line, write_atomic
+from autoprune.pipeline.checkpoint import KEPT, MANIFEST, PARTS, journal_line, write_atomic
 
 CONFIG_FILE, JOURNAL, CHECKPOINT = "config.yaml", "journal", "checkpoint"
 PART = re.compile(r"journal/(\d+)-(\d+)\.jsonl")  # of the records first … last
-
-
 PAUSE = 30.0  # seconds for which a storage that failed is left alone: each try may take a time-out
 
 
 class Mirror:
     """Copies what a run writes. A storage that fails is told of, and gets what it missed with a later record."""
 
-    def __init__(self, storage: Storage, say: Callable[[str], None]) -> None:
-        self._storage, self._say = storage, say
-        self._sent = 0  # records
+    def __init__(self, storage: Storage, say: Callable[[str], None], folder: Path) -> None:
+        """folder: of the run."""
+        self._storage, self._say, self._folder = storage, say, folder
+        self._sent = self._joined = 0  # records: that are there, and that are in objects of a checkpoint
+        self._parts: set[str] = set()  # of checkpoints, that are there
         self._failing, self._failed = False, 0.0
 
-    def begin(self, config: bytes, records: list[dict]) -> None:
+    def begin(self, config: bytes, records: Sequence[dict]) -> None:
         """The run goes on from here: its configuration, and what its journal holds already. Raises InputError where
         nothing can be written."""
         try:
             self._storage.write(CONFIG_FILE, config)
-            self._replace_journal(records)
+            self._join(records)
         except OSError as error:
             raise InputError(f"cannot write to storage {self._storage.uri}: {error}; check it and its rights") from None
 
-    def appended(self, records: list[dict]) -> None:
+    def appended(self, records: Sequence[dict]) -> None:
         """Copy the records of the journal that are not there yet."""
         self._try(lambda: self._append(records))
 
-    def saved(self, generation: str, files: dict[str, bytes], records: list[dict]) -> None:
-        """Copy a checkpoint, `files` with the manifest among them, and make one file of the journal."""
-        self._try(lambda: self._save(generation, files, records))
+    def saved(self, checkpoint: str, records: Sequence[dict]) -> None:
+        """Copy a checkpoint of this name, and make one object of the journal's records since the one before."""
+        self._try(lambda: self._save(checkpoint, records))
 
-    def close(self, records: list[dict]) -> None:
+    def close(self, records: Sequence[dict]) -> None:
         """The search ends: whatever the storage lacks is tried once more, and told of if it stays so."""
         self._failed = 0.0
         self.appended(records)
@@ -59,31 +59,39 @@ class Mirror:
                 f"storage {self._storage.uri} lacks {len(records) - self._sent} records: the run's folder has them"
             )
 
-    def _append(self, records: list[dict]) -> None:
+    def _append(self, records: Sequence[dict]) -> None:
         if self._sent < len(records):
             self._write_journal(self._sent, records)
 
-    def _write_journal(self, first: int, records: list[dict]) -> None:
+    def _write_journal(self, first: int, records: Sequence[dict]) -> None:
         name = f"{JOURNAL}/{first:08d}-{len(records) - 1:08d}.jsonl"
         self._storage.write(name, b"".join(journal_line(record) for record in records[first:]))
         self._sent = len(records)
 
-    def _replace_journal(self, records: list[dict]) -> None:
-        old = [name for name in self._storage.names(JOURNAL) if PART.fullmatch(name)]
-        if records:
-            self._write_journal(0, records)
-        whole = f"{JOURNAL}/{0:08d}-{len(records) - 1:08d}.jsonl"
+    def _join(self, records: Sequence[dict]) -> None:
+        parts = filter(None, map(PART.fullmatch, self._storage.names(JOURNAL)))
+        old = [part[0] for part in parts if int(part[1]) >= self._joined]
+        if self._joined < len(records):
+            self._write_journal(self._joined, records)
+        whole = f"{JOURNAL}/{self._joined:08d}-{len(records) - 1:08d}.jsonl"
         self._storage.delete(*(name for name in old if name != whole))
+        self._joined = len(records)
 
-    def _save(self, generation: str, files: dict[str, bytes], records: list[dict]) -> None:
-        self._storage.delete(f"{CHECKPOINT}/{generation}/{MANIFEST}")
-        for name in sorted(files, key=lambda name: name == MANIFEST):
-            self._storage.write(f"{CHECKPOINT}/{generation}/{name}", files[name])
-        kept = sorted({Path(name).parent.name for name in self._storage.names(CHECKPOINT)})[-KEPT:]
-        gone = [name for name in self._storage.names(CHECKPOINT) if Path(name).parent.name not in kept]
+    def _save(self, checkpoint: str, records: Sequence[dict]) -> None:
+        here = self._folder / CHECKPOINT
+        for path in sorted((here / PARTS).glob("*")):
+            if path.name not in self._parts:
+                self._storage.write(f"{CHECKPOINT}/{PARTS}/{path.name}", path.read_bytes())
+                self._parts.add(path.name)
+        self._storage.delete(f"{CHECKPOINT}/{checkpoint}/{MANIFEST}")
+        for path in sorted((here / checkpoint).iterdir(), key=lambda path: path.name == MANIFEST):
+            self._storage.write(f"{CHECKPOINT}/{checkpoint}/{path.name}", path.read_bytes())
+        there = [name for name in self._storage.names(CHECKPOINT) if Path(name).parent.name != PARTS]
+        kept = sorted({Path(name).parent.name for name in there})[-KEPT:]
+        gone = [name for name in there if Path(name).parent.name not in kept]
         # The manifest first: without it the rest is no checkpoint.
         self._storage.delete(*sorted(gone, key=lambda name: Path(name).name != MANIFEST))
-        self._replace_journal(records)
+        self._join(records)
 
     def _try(self, write: Callable[[], None]) -> None:
         if self._failing and time.monotonic() - self._failed < PAUSE:
@@ -117,7 +125,8 @@ def fetch(storage: Storage, folder: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)  # it may be of another way on from the same journal
     names = storage.names(CHECKPOINT)
-    for name in (name for name in names if f"{Path(name).parent}/{MANIFEST}" in names):
+    whole = {f"{CHECKPOINT}/{PARTS}", *(str(Path(name).parent) for name in names if Path(name).name == MANIFEST)}
+    for name in (name for name in names if str(Path(name).parent) in whole):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / name, storage.read(name))
     write_atomic(journal, b"".join(lines))

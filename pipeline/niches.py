@@ -13,7 +13,7 @@ from autoprune.pipeline.lineage import Candidate, Lineage, mask_distance
 REACH = 0.25
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
 def reads(algorithm_score: str, allocation_source: str = "") -> frozenset[str]:
     """The statistics that a score reads and, as profile.NAME, the summaries that a written allocation reads."""
     own = frozenset(parse(algorithm_score).reads)

@@ -36,6 +36,11 @@ class Slot:
     statistics: tuple[str, ...] = ()
     lines: int = LINES
 
+    @property
+    def text(self) -> str:
+        """The messages, for people."""
+        return "\n\n".join(f"[{role}]\n{text}" for role, text in self.messages)
+
 
 class Prompter:
     """Reads prompts off the lineage of one search. A function of configuration, seed and graph.

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from autoprune.actors.storage import Storage
 from autoprune.models.errors import InputError
-from autoprune.pipeline.checkpoint import Journal, load_checkpoint, write_atomic
+from autoprune.pipeline.checkpoint import Journal, write_atomic
 from autoprune.pipeline.config import FREE, Config, difference, load_config
 from autoprune.pipeline.ledger import JOURNAL
 from autoprune.pipeline.mirror import CONFIG_FILE, fetch
 from autoprune.pipeline.preparation import place_of
-from autoprune.pipeline.search import CHECKPOINT
 from autoprune.pipeline.status import LOCK
 
 
@@ -59,9 +58,7 @@ def open_folder(folder: Path, config: Config, resume: bool, held: ExitStack) -> 
             )
         if storage is None:
             held.enter_context(locked(folder))
-        # Damage is told now, not after minutes of loading models.
-        Journal(folder / JOURNAL)
-        load_checkpoint(folder / CHECKPOINT)
+        Journal(folder / JOURNAL)  # damage is told now, not after minutes of loading models
         write_atomic(stored, config.to_yaml().encode())
         return
     if storage is not None and storage.read(CONFIG_FILE) is not None:

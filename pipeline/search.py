@@ -23,22 +23,22 @@ from autoprune.algorithms.translator import LanguageError
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.checkpoint import (
+    Entry,
+    Loaded,
     checkpoint_name,
     load_checkpoint,
     save_checkpoint,
-    with_manifest,
+    save_part,
     write_atomic,
 )
 from autoprune.pipeline.config import Config
 from autoprune.pipeline.gcot import repair_prompt
 from autoprune.pipeline.ledger import FRESH, FULL, REPORT, Evaluator, Generator, Ledger, Spent
-from autoprune.pipeline.lineage import STATUSES, Candidate, Lineage
-from autoprune.pipeline.mirror import Mirror
+from autoprune.pipeline.lineage import STATUSES, Candidate, Lineage, json_lines
+from autoprune.pipeline.mirror import CHECKPOINT, Mirror
 from autoprune.pipeline.population import seed
 from autoprune.pipeline.prompting import Prompter, Slot
 from autoprune.pipeline.screening import Screen, reading, subset_nll
-
-CHECKPOINT = "checkpoint"  # in the run folder
 
 
 class Tracker(Protocol):
@@ -89,6 +89,7 @@ class Search:
         self.seen = Lineage() if self.config.search.lag else self.lineage
         self.prompter = Prompter(self.config, self.seen, dense, self.generator.count, self.screen.effect)
         self._done = -1
+        self._parts: dict[str, Entry] = {}
 
     @property
     def spent(self) -> Spent:
@@ -122,6 +123,7 @@ class Search:
         for candidate, evaluation in zip(best, self.measure([c.algorithm for c in best], FRESH), strict=True):
             candidate.fresh = evaluation if evaluation.error is None else None
         self._save(self._done)
+        write_atomic(self.folder / "lineage.json", self.lineage.to_json().encode())
         winner = self.lineage.best()
         self.progress.say(f"best after {len(best)} elites met fresh text: {winner.id}, {winner.believed:.4f} over all")
 
@@ -207,8 +209,7 @@ class Search:
 
     def read(self, name: str, generation: int, slot: Slot, answer: Answer) -> Candidate:
         """An answer as a candidate; one that cannot be read is invalid, with the reason."""
-        prompt = "\n\n".join(f"[{role}]\n{text}" for role, text in slot.messages)
-        candidate = Candidate(name, generation, slot.operator, slot.parents, prompt=prompt, answer=answer.text)
+        candidate = Candidate(name, generation, slot.operator, slot.parents, prompt=slot.text, answer=answer.text)
         parent = self.lineage[slot.parents[0]].algorithm
         offered, cut = self.config.search.statistics, answer.finish_reason == "length"
         try:
@@ -394,13 +395,18 @@ class Search:
         return self.ledger.tick()
 
     def _save(self, generation: int) -> None:
-        self._done = generation
-        spent = json.dumps(asdict(self.spend()) | {"used": self.ledger.used}).encode()
-        lineage = json.dumps(self.lineage.to_dict(), indent=1).encode()
-        files = {"lineage.json": lineage, "spent.json": spent}
-        save_checkpoint(self.folder / CHECKPOINT, generation, files)
-        self.ledger.copy_checkpoint(checkpoint_name(generation), with_manifest(generation, files))
-        write_atomic(self.folder / "lineage.json", lineage)
+        """A checkpoint. The candidates of a generation are written once; what becomes of the elites later is beside
+        them."""
+        self._done, folder = generation, self.folder / CHECKPOINT
+        part = f"{checkpoint_name(generation)}.json"
+        if part not in self._parts:
+            own = [c.to_dict() | {"fresh": None} for c in self.lineage.of_generation(generation)]
+            self._parts[part] = save_part(folder, part, json_lines(own).encode())
+        spent = asdict(self.spend()) | {"used": self.ledger.used}
+        fresh = {c.id: c.to_dict()["fresh"] for c in self.lineage if c.fresh is not None}
+        files = {"spent.json": json.dumps(spent).encode(), "fresh.json": json.dumps(fresh).encode()}
+        save_checkpoint(folder, generation, files, self._parts)
+        self.ledger.copy_checkpoint(checkpoint_name(generation))
 
     def restore(self) -> None:
         """Take up the newest valid checkpoint; the journal then answers for what came after it."""
@@ -409,7 +415,10 @@ class Search:
             return
         for line in loaded.damaged:
             self.progress.say(f"passed over a damaged checkpoint: {line}")
-        restored = Lineage.from_dict(json.loads(loaded.files["lineage.json"]))
+        if loaded.generation < 0:
+            self.progress.say("no checkpoint is left: the search begins again, and its journal answers")
+            return
+        restored, self._parts = checkpointed(loaded), loaded.entries
         for candidate in restored:
             if candidate.evaluation is not None:
                 seconds = self.ledger.noted(candidate.algorithm.key, "seconds") or 0.0
@@ -424,6 +433,13 @@ class Search:
         for candidate in self.lineage:  # a tracker that was away when the search stopped catches up
             self.tracker.candidate(candidate, self._edges(candidate))
         self.progress.say(f"resumed after generation {loaded.generation} with {len(self.lineage)} candidates")
+
+
+def checkpointed(loaded: Loaded) -> Lineage:
+    """The lineage that a checkpoint holds."""
+    candidates = [one for part in loaded.parts.values() for one in json.loads(part)]
+    fresh = json.loads(loaded.files["fresh.json"])
+    return Lineage.from_dict({"candidates": [one | {"fresh": fresh.get(one["id"])} for one in candidates]})
 
 
 def plan_repairs(config: Config) -> int:

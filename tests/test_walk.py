@@ -218,7 +218,7 @@ def test_vllm_serves_the_checkpoint_to_the_openai_generator(walk):
 
 
 def measured_keys(folder: Path) -> list[tuple[str, str]]:
-    return [(r["key"], r["split"]) for r in Journal(folder / "journal.jsonl").records if r["kind"] == "evaluation"]
+    return [(r["key"], r["split"]) for r in Journal(folder / "journal.jsonl") if r["kind"] == "evaluation"]
 
 
 def lineage_without_clock(folder: Path) -> dict:

@@ -13,6 +13,7 @@ from autoprune.pipeline.checkpoint import (
     Journal,
     load_checkpoint,
     save_checkpoint,
+    save_part,
     write_atomic,
 )
 
@@ -50,8 +51,8 @@ def test_write_atomic_keeps_the_old_bytes_when_writing_fails(tmp_path):
 
 def test_journal_gives_back_what_was_appended(tmp_path):
     journal = journal_with_records(tmp_path / "journal.jsonl")
-    assert journal.records == READ_BACK
-    assert Journal(journal.path).records == READ_BACK
+    assert list(journal) == READ_BACK
+    assert list(Journal(journal.path)) == READ_BACK and journal[1:] == READ_BACK[1:] and journal[-1] == READ_BACK[-1]
     lines = journal.path.read_text().splitlines()
     assert [json.loads(line)["record"] for line in lines] == READ_BACK  # plain JSON lines for any other reader
 
@@ -63,9 +64,9 @@ def test_journal_cut_anywhere_keeps_the_whole_lines_and_goes_on(tmp_path):
         path.write_bytes(data[:size])
         whole = data[:size].count(b"\n")
         journal = Journal(path)
-        assert journal.records == READ_BACK[:whole]
+        assert list(journal) == READ_BACK[:whole]
         journal.append({"after": size})
-        assert Journal(path).records == [*READ_BACK[:whole], {"after": size}]
+        assert list(Journal(path)) == [*READ_BACK[:whole], {"after": size}]
 
 
 def test_any_flipped_byte_in_a_whole_line_is_named(tmp_path):
@@ -87,7 +88,7 @@ def test_a_failed_append_leaves_no_trace(tmp_path):
     with open(journal.path, "ab") as file:
         file.write(b'{"sha256":"half a line of an append that the disk had no room for')
     journal.append({"next": 1})
-    assert Journal(journal.path).records == [*READ_BACK, {"next": 1}]
+    assert list(Journal(journal.path)) == [*READ_BACK, {"next": 1}]
 
 
 def test_everything_appended_before_a_kill_is_there(tmp_path):
@@ -103,7 +104,7 @@ def test_everything_appended_before_a_kill_is_there(tmp_path):
     child.send_signal(signal.SIGKILL)
     reported += [int(line) for line in child.stdout.read().splitlines()]
     child.wait()
-    records = Journal(path).records
+    records = list(Journal(path))
     assert [r["i"] for r in records[: len(reported)]] == reported
     assert len(records) - len(reported) in (
         0,
@@ -112,8 +113,9 @@ def test_everything_appended_before_a_kill_is_there(tmp_path):
 
 
 def save(folder, generation):
-    files = {"lineage.json": b'{"generation": %d}' % generation, "state.json": b"{}"}
-    return save_checkpoint(folder, generation, files)
+    files = {"spent.json": b'{"generation": %d}' % generation, "state.json": b"{}"}
+    parts = {f"{n}.json": save_part(folder, f"{n}.json", b"part %d" % n) for n in range(generation - 1, generation + 1)}
+    return save_checkpoint(folder, generation, files, parts)
 
 
 def test_checkpoints_round_trip_and_only_three_are_kept(tmp_path):
@@ -121,12 +123,10 @@ def test_checkpoints_round_trip_and_only_three_are_kept(tmp_path):
     for generation in range(9_998, 10_003):  # sorted as numbers, not as text
         path = save(tmp_path / "checkpoints", generation)
     loaded = load_checkpoint(tmp_path / "checkpoints")
-    assert (loaded.path, loaded.generation, loaded.damaged) == (path, 10_002, [])
-    assert loaded.files == {
-        "lineage.json": b'{"generation": 10002}',
-        "state.json": b"{}",
-    }
-    names = {"generation-10000", "generation-10001", "generation-10002"}
+    assert path.name == "generation-10002" and (loaded.generation, loaded.damaged) == (10_002, [])
+    assert loaded.files == {"spent.json": b'{"generation": 10002}', "state.json": b"{}"}
+    assert loaded.parts == {"10001.json": b"part 10001", "10002.json": b"part 10002"}
+    names = {"generation-10000", "generation-10001", "generation-10002", "parts"}
     assert set(os.listdir(tmp_path / "checkpoints")) == names
 
 
@@ -144,16 +144,18 @@ def edit_manifest(path, **changes):
 DAMAGES = {
     "flipped byte": (lambda p: flip(p / "state.json"), "state.json does not match"),
     "cut file": (
-        lambda p: os.truncate(p / "lineage.json", 3),
-        "lineage.json does not match",
+        lambda p: os.truncate(p / "spent.json", 3),
+        "spent.json does not match",
     ),
+    "flipped byte of a part": (lambda p: flip(p.parent / "parts" / "2.json"), "2.json does not match"),
+    "missing part": (lambda p: (p.parent / "parts" / "2.json").unlink(), "2.json is missing"),
     "missing file": (lambda p: (p / "state.json").unlink(), "state.json is missing"),
     "missing manifest": (
         lambda p: (p / "manifest.json").unlink(),
         "manifest.json is missing",
     ),
     "manifest not JSON": (lambda p: flip(p / "manifest.json"), "generation-0002: "),
-    "other schema": (lambda p: edit_manifest(p, schema_version=1), "schema version 4"),
+    "other schema": (lambda p: edit_manifest(p, schema_version=1), "schema version 5"),
     "other generation": (
         lambda p: edit_manifest(p, generation=3),
         "does not describe generation 2",
@@ -173,15 +175,23 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, d
     assert load_checkpoint(tmp_path).generation == 2
 
 
-def test_no_valid_checkpoint_at_all_is_one_clear_line(tmp_path):
+def test_a_checkpoint_cut_anywhere_in_its_manifest_is_passed_over(tmp_path):
+    save(tmp_path, 1)
+    manifest = save(tmp_path, 2) / "manifest.json"
+    whole = manifest.read_bytes()
+    for size in range(len(whole)):
+        manifest.write_bytes(whole[:size])
+        assert load_checkpoint(tmp_path).generation == 1
+    manifest.write_bytes(whole)
+    assert load_checkpoint(tmp_path).generation == 2
+
+
+def test_where_no_checkpoint_is_valid_it_is_said_of_each(tmp_path):
     for generation in (1, 2):
         flip(save(tmp_path, generation) / "state.json")
-    with pytest.raises(
-        InputError,
-        match="no valid checkpoint .*generation-0002.*generation-0001.*new run",
-    ) as caught:
-        load_checkpoint(tmp_path)
-    assert "\n" not in str(caught.value)
+    loaded = load_checkpoint(tmp_path)
+    assert (loaded.generation, loaded.files, loaded.parts) == (-1, {}, {})
+    assert [line.partition(":")[0] for line in loaded.damaged] == ["generation-0002", "generation-0001"]
 
 
 def test_a_kill_while_saving_leaves_the_one_before(tmp_path):
@@ -190,4 +200,4 @@ def test_a_kill_while_saving_leaves_the_one_before(tmp_path):
     (tmp_path / ".writing" / "state.json").write_bytes(b"half")
     assert load_checkpoint(tmp_path).generation == 1
     save(tmp_path, 2)
-    assert set(os.listdir(tmp_path)) == {"generation-0001", "generation-0002"}
+    assert set(os.listdir(tmp_path)) == {"generation-0001", "generation-0002", "parts"}

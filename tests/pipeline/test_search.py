@@ -183,17 +183,29 @@ def test_a_search_is_not_resumed_on_another_text(tmp_path, fresh, monkeypatch):
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, fresh):
     first = finished(tmp_path, fresh)
     count = len(fresh.measured)
-    newest = max((tmp_path / "run" / "checkpoint").iterdir())
-    (newest / "lineage.json").write_bytes((newest / "lineage.json").read_bytes()[:-9])
+    newest = max((tmp_path / "run" / "checkpoint").glob("generation-*"))
+    (newest / "spent.json").write_bytes((newest / "spent.json").read_bytes()[:-9])
     again = finished(tmp_path, fresh)
     assert any("damaged" in line for line in again.progress.said)
     assert without_clock(again.lineage) == without_clock(first.lineage)
     assert len(fresh.measured) == count
 
-    for checkpoint in (tmp_path / "run" / "checkpoint").iterdir():
-        (checkpoint / "manifest.json").write_text("{")
-    with pytest.raises(InputError, match="no valid checkpoint"):
-        finished(tmp_path, fresh)
+    part = min((tmp_path / "run" / "checkpoint" / "parts").iterdir())
+    part.write_bytes(part.read_bytes()[:-9])  # all rest on it
+    last = finished(tmp_path, fresh)
+    assert "no checkpoint is left: the search begins again, and its journal answers" in last.progress.said
+    assert without_clock(last.lineage) == without_clock(first.lineage)
+    assert len(fresh.measured) == count
+
+
+def test_a_checkpoint_writes_the_candidates_of_its_own_generation_alone(tmp_path, fresh):
+    search = finished(tmp_path, fresh)
+    parts = sorted((tmp_path / "run" / "checkpoint" / "parts").iterdir())
+    held = [[c["id"] for c in json.loads(part.read_text())] for part in parts]
+    assert held == [[c.id for c in search.lineage.of_generation(n)] for n in range(4)]
+    stored = json.loads((tmp_path / "run" / "lineage.json").read_text())
+    assert stored["candidates"] == json.loads(json.dumps([c.to_dict() for c in search.lineage]))
+    assert any(c["fresh"] for c in stored["candidates"])
 
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
