@@ -148,6 +148,23 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="as JSON")
     status.set_defaults(run=_status)
 
+    lineage = commands.add_parser("lineage", help="show a search's candidates, or the reasoning that led to one")
+    lineage.add_argument("folder", metavar="RUN", help="name or folder of a run, also of one that is searching")
+    lineage.add_argument(
+        "--of", metavar="CANDIDATE", help="the chain of claim, evidence and conclusion down to it; best"
+    )
+    lineage.add_argument("--operator", help="only candidates of this operator, such as crossover")
+    lineage.add_argument("--status", help="only candidates of this status, such as invalid")
+    lineage.add_argument("--verdict", help="only candidates whose claim was confirmed, refuted or inconclusive")
+    lineage.add_argument("--json", action="store_true", help="as JSON")
+    lineage.set_defaults(run=_lineage)
+
+    show = commands.add_parser("show", help="print an algorithm that a search found, and how to prune with it")
+    show.add_argument("folder", metavar="RUN", help="name or folder of a run, also of one that is searching")
+    show.add_argument("candidate", metavar="CANDIDATE", nargs="?", default="best", help="its id; default: best")
+    show.add_argument("--json", action="store_true", help="as JSON")
+    show.set_defaults(run=_show)
+
     report = commands.add_parser("report", help="show what a search found")
     report.add_argument("folder", metavar="RUN", help="name or folder of a run")
     report.set_defaults(run=_report)
@@ -403,6 +420,39 @@ def _status(options: argparse.Namespace) -> None:
 
     facts = read_status(_run_folder(options.folder))
     print(json.dumps(facts, indent=1) if options.json else "\n".join(status_lines(facts)))
+
+
+def _lineage(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from autoprune.models.errors import InputError
+    from autoprune.pipeline.asking import chosen, facts, find, reasoning, reasoning_lines, stored_lineage, table
+
+    lineage = stored_lineage(_run_folder(options.folder))
+    filters = options.operator, options.status, options.verdict
+    if options.of is not None:
+        if any(filters):
+            raise InputError("--of shows one candidate's ancestors: leave out --operator, --status and --verdict")
+        candidate = find(lineage, options.of)
+        chain = reasoning(lineage, candidate)
+        print(json.dumps(chain, indent=1) if options.json else "\n".join(reasoning_lines(lineage, candidate)))
+        return
+    candidates = chosen(lineage, *filters)
+    if options.json:
+        print(json.dumps([facts(lineage, candidate) for candidate in candidates], indent=1))
+        return
+    # Whoever reads it from a pipe wants a line for each candidate.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 10_000).print(table(lineage, candidates))
+
+
+def _show(options: argparse.Namespace) -> None:
+    from autoprune.pipeline.asking import find, shown, shown_text, stored_lineage
+    from autoprune.pipeline.config import load_config
+
+    folder = _run_folder(options.folder)
+    lineage = stored_lineage(folder)
+    found = shown(lineage, find(lineage, options.candidate), load_config(folder / "config.yaml"))
+    print(json.dumps(found, indent=1) if options.json else shown_text(found), end="\n" if options.json else "")
 
 
 def _report(options: argparse.Namespace) -> None:

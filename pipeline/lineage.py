@@ -13,6 +13,7 @@ import networkx as nx
 
 from autoprune.actors.messages import Evaluation
 from autoprune.algorithms.algorithm import Algorithm
+from autoprune.pipeline.checkpoint import Loaded
 
 # proposed: written, not yet measured; invalid: refused by the language or the probe; repeat: its masks exist already;
 # screened: a cheap fidelity found it worse than who holds its niche; surplus: new, but its generation had enough, or
@@ -229,3 +230,10 @@ class Lineage:
         for candidate in data["candidates"]:
             lineage.add(Candidate.from_dict(candidate))
         return lineage
+
+
+def checkpointed(loaded: Loaded) -> Lineage:
+    """The lineage that a checkpoint of a search holds."""
+    candidates = [one for part in loaded.parts.values() for one in json.loads(part)]
+    fresh = json.loads(loaded.files["fresh.json"])
+    return Lineage.from_dict({"candidates": [one | {"fresh": fresh.get(one["id"])} for one in candidates]})

@@ -28,7 +28,8 @@ def algorithm_text(algorithm: Algorithm) -> str:
     return head + "\n\n\n".join(functions) + "\n"
 
 
-def _ppl(nll: float | None) -> str:
+def perplexity_text(nll: float | None) -> str:
+    """For people: more digits where they mean something."""
     if nll is None:
         return "–"
     value = perplexity(nll)
@@ -44,7 +45,13 @@ def _rows(summary: dict) -> list[dict]:
 
 def _cells(row: dict) -> list[str]:
     sparsity = f"{100 * row['sparsity']:.1f}%"
-    return [row["method"], row["candidate"] or "–", sparsity, _ppl(row["fitness_nll"]), _ppl(row["report_nll"])]
+    return [
+        row["method"],
+        row["candidate"] or "–",
+        sparsity,
+        perplexity_text(row["fitness_nll"]),
+        perplexity_text(row["report_nll"]),
+    ]
 
 
 def _headers(summary: dict) -> list[str]:
@@ -128,11 +135,14 @@ def best_file(lineage: Lineage, summary: dict, best: Candidate) -> str:
         f"Fitness split {corpora['fitness']}, report split {corpora['report']}.",
         "",
         f"{'; '.join(_headers(summary)[3:])}:",
-        *(f"  {row['method']}: {_ppl(row['fitness_nll'])}, {_ppl(row['report_nll'])}" for row in _rows(summary)),
+        *(
+            f"  {row['method']}: {perplexity_text(row['fitness_nll'])}, {perplexity_text(row['report_nll'])}"
+            for row in _rows(summary)
+        ),
         "",
         "Lineage:",
         *(
-            f"  {_origin(candidate)}: {_ppl(candidate.fitness)}. {_plain(candidate.hypothesis)}"
+            f"  {_origin(candidate)}: {perplexity_text(candidate.fitness)}. {plain(candidate.hypothesis)}"
             for candidate in lineage.ancestors_path(best.id)
         ),
         "",
@@ -146,7 +156,7 @@ def _origin(candidate: Candidate, mark: str = "") -> str:
     return f"{mark}{candidate.id}{mark} ({candidate.operator}{parents})"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """The model's own words on one line."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
@@ -195,7 +205,9 @@ def _cases(summary: dict) -> str:
     if not cases:
         return ""
     lines = [["report split", *(case["name"] for case in cases)], ["---", *("---:" for _ in cases)]]
-    lines += [[method, *(_ppl(case["report_nll"][method]) for case in cases)] for method in cases[0]["report_nll"]]
+    lines += [
+        [method, *(perplexity_text(case["report_nll"][method]) for case in cases)] for method in cases[0]["report_nll"]
+    ]
     return "\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -217,20 +229,21 @@ def _chain(lineage: Lineage, best: Candidate) -> list[str]:
         if child.status != "evaluated":  # a repaired candidate descends from a broken one
             lines.append(f"- Measured: nothing; {child.status}: {_quote(child.error or '')}")
         else:
-            lines.append(f"- Measured: perplexity {_ppl(child.fitness)}")
+            lines.append(f"- Measured: perplexity {perplexity_text(child.fitness)}")
             if parent is not None and parent.status == "evaluated":
                 edge = lineage.edge(parent.id, child.id)
-                lines += [f"- Against {parent.id}: {_measured(edge)}", f"- Verdict: {edge['verdict']}"]
+                lines += [f"- Against {parent.id}: {measured_text(edge)}", f"- Verdict: {edge['verdict']}"]
         steps.append("\n".join(lines))
     return steps
 
 
-def _difference(effect: float, error: float) -> str:
-    return f"{effect:+.4f} ± {error:.4f} nats" if math.isfinite(error) else f"{effect:+.4f} nats"
+def difference_text(effect: float, error: float, unit: str = " nats") -> str:
+    return f"{effect:+.4f} ± {error:.4f}{unit}" if math.isfinite(error) else f"{effect:+.4f}{unit}"
 
 
-def _measured(edge: dict) -> str:
-    text = _difference(edge["effect"], edge["effect_error"])
+def measured_text(edge: dict) -> str:
+    """What was measured against a parent."""
+    text = difference_text(edge["effect"], edge["effect_error"])
     if math.isfinite(edge.get("mask_distance", math.nan)):
         text += f"; {100 * edge['mask_distance']:.1f}% of the probe's mask changed"
     if "most_improved_block" in edge:
@@ -249,7 +262,7 @@ def _noise(lineage: Lineage, summary: dict, best: Candidate) -> str:
     if not measured:
         return f"Noise: the fitness split has {windows} windows. {advice}"
     rival = min(measured, key=lambda c: c.fitness)
-    difference = _difference(*paired_difference(best.evaluation, rival.evaluation))
+    difference = difference_text(*paired_difference(best.evaluation, rival.evaluation))
     return (
         f"Noise: on the fitness split, {best.id} − {rival.id} = {difference} (standard error over {windows} windows, "
         f"paired). {advice}"

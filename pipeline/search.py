@@ -24,7 +24,6 @@ from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.checkpoint import (
     Entry,
-    Loaded,
     checkpoint_name,
     load_checkpoint,
     save_checkpoint,
@@ -34,7 +33,7 @@ from autoprune.pipeline.checkpoint import (
 from autoprune.pipeline.config import Config
 from autoprune.pipeline.gcot import repair_prompt
 from autoprune.pipeline.ledger import FRESH, FULL, REPORT, Evaluator, Generator, Ledger, Spent
-from autoprune.pipeline.lineage import STATUSES, Candidate, Lineage, json_lines
+from autoprune.pipeline.lineage import STATUSES, Candidate, Lineage, checkpointed, json_lines
 from autoprune.pipeline.mirror import CHECKPOINT, Mirror
 from autoprune.pipeline.population import seed
 from autoprune.pipeline.prompting import Prompter, Slot
@@ -433,13 +432,6 @@ class Search:
         for candidate in self.lineage:  # a tracker that was away when the search stopped catches up
             self.tracker.candidate(candidate, self._edges(candidate))
         self.progress.say(f"resumed after generation {loaded.generation} with {len(self.lineage)} candidates")
-
-
-def checkpointed(loaded: Loaded) -> Lineage:
-    """The lineage that a checkpoint holds."""
-    candidates = [one for part in loaded.parts.values() for one in json.loads(part)]
-    fresh = json.loads(loaded.files["fresh.json"])
-    return Lineage.from_dict({"candidates": [one | {"fresh": fresh.get(one["id"])} for one in candidates]})
 
 
 def plan_repairs(config: Config) -> int:
