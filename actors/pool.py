@@ -177,6 +177,11 @@ class EvaluatorPool:
             found.append(counts)
         return found
 
+    @property
+    def numels(self) -> list[int]:
+        """Prunable weights of each block."""
+        return [profile.numel for profile in self._profiles]
+
     def stop(self) -> None:
         for replica in self._replicas:
             replica.kill()

@@ -17,7 +17,7 @@ from autoprune.pipeline.checkpoint import load_checkpoint
 from autoprune.pipeline.config import Config
 from autoprune.pipeline.lineage import Candidate, Lineage, checkpointed
 from autoprune.pipeline.mirror import CHECKPOINT
-from autoprune.pipeline.report import algorithm_text, difference_text, measured_text, perplexity_text, plain
+from autoprune.pipeline.wording import algorithm_text, difference_text, measured_text, perplexity_text, plain
 
 BEST = "best"  # stands for the id of the best candidate
 

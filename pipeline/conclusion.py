@@ -6,19 +6,24 @@ import json
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 
 from autoprune.actors.messages import Evaluation
+from autoprune.actors.storage import write_atomic
+from autoprune.algorithms.algorithm import Algorithm
 from autoprune.algorithms.answers import SALVAGES
 from autoprune.models.export import SIDECAR
+from autoprune.pipeline.asking import prune_command
 from autoprune.pipeline.config import Config
 from autoprune.pipeline.gcot import VERSION
 from autoprune.pipeline.ledger import REPORT
-from autoprune.pipeline.lineage import STATUSES
+from autoprune.pipeline.lineage import STATUSES, paired_difference
 from autoprune.pipeline.preparation import SPLITS
 from autoprune.pipeline.report import write_report
 from autoprune.pipeline.run_folder import CONFIG_FILE
 from autoprune.pipeline.search import Progress, Search
+from autoprune.pipeline.sensitivity import sensitivity
 
 # That are no models.
 WRITERS = {"scripted": "scripted answers", "grammar": "the grammar, at random", "genetic": "variation, at random"}
@@ -62,6 +67,7 @@ def conclude(
             "perplexity": {"fitness_nll": best.fitness, "report_nll": reported[-1].nll},
         }
         pool.export(model, best.algorithm, details)
+    costs = _sensitivity(config, folder, pool, search, best.algorithm, progress)
     written = [c for c in search.lineage if c.operator not in ("seed", "tune")]
     counts = {status: sum(c.status == status for c in written) for status in STATUSES}
     spent = search.spend()
@@ -78,6 +84,8 @@ def conclude(
         "corpora_sha256": hashes,
         "tokens_scored": {name: pool.dense[name].tokens for name in ("fitness", "report")},
         "table": table,
+        "gain": _gain(rows, measured),
+        "sensitivity": costs,
         "cases": [
             {
                 "name": case.name,
@@ -110,14 +118,46 @@ def conclude(
             "waiting": max(0.0, spent.total - spent.generating - spent.evaluating),
             "total": spent.total,
         },
+        "gpu_seconds": spent.gpu_seconds,
         "best": best.id,
         "model": str(model),
         "mlflow": ui_command,
+        "prune_command": prune_command(config, str(folder / "best.py"), f"pruned-{best.id}"),
         "command": shlex.join(["autoprune", "search", str(folder / CONFIG_FILE), "--set", f"name={config.name}-again"]),
     }
     artifacts = write_report(folder, search.lineage, summary)
     metrics = {f"report_nll.{metric_name(row['method'])}": row["report_nll"] for row in table}
     return [*artifacts, folder / "lineage.json", folder / CONFIG_FILE], metrics
+
+
+def _gain(rows: list[tuple], measured: list[tuple[Evaluation, Evaluation]]) -> dict:
+    """The best found against the best of the baselines on the report split, window by window."""
+    best = measured[-1][1]
+    baselines = [(method, e) for (method, c), (_, e) in zip(rows[1:-1], measured[1:-1], strict=True) if e.nll]
+    if best.nll is None or not baselines:
+        return {"rival": None}
+    rival, evaluation = min(baselines, key=lambda pair: pair[1].nll)
+    nats, error = paired_difference(best, evaluation)
+    return {"rival": rival, "nats": nats, "error": error, "windows": len(best.window_nlls)}
+
+
+def _sensitivity(
+    config: Config, folder: Path, pool, search: Search, algorithm: Algorithm, progress: Progress
+) -> list[float] | None:
+    """Measured once for an algorithm, if the configuration wants it."""
+    if not config.search.sensitivity:
+        return None
+    windows = search.screen.windows or tuple(range(len(pool.dense["fitness"].window_nlls)))
+    file, about = folder / "sensitivity.json", {"algorithm": algorithm.key, "windows": list(windows)}
+    if file.exists():
+        kept = json.loads(file.read_text())
+        if kept["about"] == about:
+            return kept["costs"]
+    progress.say("pruning each block alone, to see which the model can spare least")
+    step = partial(progress.step, "blocks, each pruned alone")
+    costs = sensitivity(pool, algorithm, config.target.sparsity, windows, step)
+    write_atomic(file, json.dumps({"about": about, "costs": costs}).encode())
+    return costs
 
 
 def metric_name(method: str) -> str:

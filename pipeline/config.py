@@ -154,6 +154,7 @@ class SearchPlan:
     what the seeds read included; with g_rms, SDSA's `taylor` may be chosen, too. design: what is
     designed: the "score" (and its group), how to "allocate", or "both". allocation: what is written of it: "sdsa", the
     parameters of SDSA, or "written", a function `allocate(profile, sparsity)`.
+    sensitivity: at the end, measure on the cheap windows what pruning each block alone costs, for the report.
     """
 
     seeds: tuple[str, ...] = ("magnitude", "wanda", "wanda+owl", "wanda+sdsa", "ria+sdsa")
@@ -179,6 +180,7 @@ class SearchPlan:
     statistics: tuple[str, ...] = DEFAULT_STATISTICS
     design: str = "both"
     allocation: str = "sdsa"
+    sensitivity: bool = True
 
 
 @dataclass(frozen=True)
@@ -456,6 +458,7 @@ def one_of(key: str, value: str, choices: typing.Sequence[str]) -> None:
 FREE = {
     "": ("name", "runs", "storage", "budgets", "tracking"),
     "evaluators": ("replicas", "gpus_per_shard", "wait", "deadline", "attempts"),
+    "search": ("sensitivity",),
     "generator": (
         "base_url",
         "api_key_variable",

@@ -242,6 +242,27 @@ def sparsity_png(best: Candidate, others: list[Candidate], target: float, title:
     return _png(figure)
 
 
+def sensitivity_png(costs: list[float], best: Candidate, title: str) -> bytes:
+    """What pruning each decoder block alone costs (nats per token), above the sparsity that the best one gives it."""
+    figure = Figure(figsize=(9.5, 4.8))
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.4], gridspec_kw={"hspace": 0.12})
+    axes.bar(range(len(costs)), costs, color=COLOURS["explore"], width=0.7)
+    axes.axhline(0, color=QUIET, linewidth=0.8)
+    axes.set_ylabel("cost of pruning it alone,\nnats per token")
+    below.bar(range(len(costs)), [100 * s for s in best.evaluation.block_sparsities], color=QUIET, width=0.7)
+    below.set_ylabel(f"sparsity in\n{best.id}, %")
+    below.set_ylim(0, 100)
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below.set_xlabel("decoder block (0: nearest to the input)")
+    axes.set_title(title, loc="left", fontsize=12)
+    for one in (axes, below):
+        one.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+        one.set_axisbelow(True)
+        for side in ("top", "right"):
+            one.spines[side].set_visible(False)
+    return _png(figure)
+
+
 def comparison_png(
     panels: dict[str, dict[tuple[str, str], list[tuple[float, float]]]], dense: float, title: str
 ) -> bytes:

@@ -23,7 +23,7 @@ from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.checkpoint import write_atomic
 from autoprune.pipeline.lineage import Candidate
-from autoprune.pipeline.report import algorithm_text
+from autoprune.pipeline.wording import algorithm_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -35,7 +35,7 @@ SMALL = [
     "search.fresh_windows=2",
     "search.tuning=2",
 ]
-SMALLER = ["data.context=64", "data.report_windows=1", "search.seeds=[wanda]"]
+SMALLER = ["search.sensitivity=false", "data.context=64", "data.report_windows=1", "search.seeds=[wanda]"]
 
 
 def command(*arguments: object) -> list[str]:
@@ -104,6 +104,8 @@ def test_the_run_folder_holds_everything(walk):
         "checkpoint",
         "lineage.json",
         "report.md",
+        "report.html",
+        "sensitivity.png",
         "report.json",
         "best.py",
         "model",

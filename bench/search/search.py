@@ -28,7 +28,7 @@ from autoprune.pipeline.launch import cluster, reserve_places, signals, start_vl
 from autoprune.pipeline.lineage import paired_difference
 from autoprune.pipeline.preparation import pool_plan, prepare_all, settled
 from autoprune.pipeline.progress import ConsoleProgress
-from autoprune.pipeline.report import algorithm_text
+from autoprune.pipeline.wording import algorithm_text
 from autoprune.pipeline.screening import NEW_SLACK, noise, rank_correlation, reading
 from autoprune.pipeline.search import Search
 

@@ -26,7 +26,7 @@ from autoprune.pipeline.gcot import (
 from autoprune.pipeline.lineage import Candidate, Lineage
 from autoprune.pipeline.operators import choose
 from autoprune.pipeline.population import CLAIMS, baseline, choose_parents, read_score, seed
-from autoprune.pipeline.report import algorithm_text
+from autoprune.pipeline.wording import algorithm_text
 
 
 def measured(

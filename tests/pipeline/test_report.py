@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+from html.parser import HTMLParser
 
 import pytest
 from matplotlib.image import imread
@@ -119,7 +120,7 @@ def report(lineage, tmp_path_factory):
 
 def test_files_and_pictures(report):
     folder, paths = report
-    names = {"report.json", "report.md", "best.py", "lineage.png", "fitness.png", "sparsity.png"}
+    names = {"report.html", "report.json", "report.md", "best.py", "lineage.png", "fitness.png", "sparsity.png"}
     assert {path.name for path in paths} == names == {path.name for path in folder.iterdir()}
     for path in paths:
         if path.suffix == ".png":
@@ -209,6 +210,82 @@ def test_small_searches_have_a_report_too(tmp_path, change):
     assert ("sparsity.png" in (tmp_path / "report.md").read_text()) == (change != "no blocks")
 
 
+def with_more(lineage, **more):
+    costs = [0.3, *[0.02] * 28, 0.15]
+    gain = {"rival": "wanda+sdsa", "nats": math.log(0.8), "error": 0.012, "windows": 128}
+    return made_up_summary(lineage) | {"sensitivity": costs, "gain": gain, "gpu_seconds": 1234.5} | more
+
+
+def test_the_first_sentence_says_what_was_gained_and_how_sure_that_is(lineage, tmp_path):
+    texts = {}
+    for name, gain in {
+        "clear": {},
+        "noise": {"gain": {"rival": "wanda", "nats": 0.01, "error": 0.02, "windows": 4}},
+        "nobody": {"gain": {"rival": None}},
+    }.items():
+        write_report(tmp_path / name, lineage, with_more(lineage, **gain))
+        texts[name] = (tmp_path / name / "report.md").read_text()
+    best = made_up_summary(lineage)["best"]
+    assert f"**{best}** is **20.0% below wanda+sdsa**" in texts["clear"] and "128 windows).\n" in texts["clear"]
+    assert "1.0% above wanda**" in texts["noise"] and "**That is within the noise.**" in texts["noise"]
+    assert "On text that no search saw" not in texts["nobody"]
+
+
+def test_what_blocks_cost_and_what_was_refuted_is_told(lineage, tmp_path):
+    paths = write_report(tmp_path, lineage, with_more(lineage))
+    text = (tmp_path / "report.md").read_text()
+    assert "sensitivity.png" in {path.name for path in paths} and "![What pruning each block costs]" in text
+    assert "Pruned alone, these cost most: block 0 (+0.300 nats), block 29 (+0.150 nats)" in text
+    shares = lineage.evaluated()[0].evaluation.block_sparsities
+    assert f"Kept densest: block {min(range(30), key=shares.__getitem__)} (" in text
+    edges = [lineage.edge(c.parents[0], c.id) for c in lineage if c.parents and c.operator != "tune"]
+    refuted = [edge for edge in edges if edge["verdict"] == "refuted"]
+    assert f"{len(refuted)} refuted" in text and f"{max(e['effect'] for e in refuted):+.4f}" in text
+    assert "Invalid answers took 10.4% of the answers" in text and "Evaluators computed for 1,234 s" in text
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text between them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def test_the_page_holds_everything_and_reaches_for_nothing(lineage, tmp_path):
+    write_report(tmp_path, lineage, with_more(lineage))
+    page = Page((tmp_path / "report.html").read_text())
+    pictures = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert len(pictures) == 4 and all(source.startswith("data:image/png;base64,") for source in pictures)
+    # A picture of a formula refers to its own parts.
+    addresses = [v for tag, a in page.tags for k, v in a.items() if k in ("src", "href", "xlink:href", "srcset")]
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+    assert [a["aria-label"] for tag, a in page.tags if tag == "svg"][0].startswith("S_{ij} = ")
+    assert "best found" in page.words and "Kept densest" in page.words and "$" not in page.words
+    assert not [tag for tag, _ in page.tags if tag in ("script", "iframe", "link", "object", "form")]
+
+
+def test_what_a_model_wrote_is_text_on_the_page(tmp_path):
+    lineage = made_up_lineage(3, 6)
+    hostile = (
+        "</p><script>alert(1)</script> <img src=x onerror=alert(1)> [a](javascript:alert(1)) $`x`$ ```math\u202e x"
+    )
+    for candidate in lineage:
+        candidate.hypothesis = candidate.diagnosis = hostile
+    write_report(tmp_path, lineage, with_more(lineage))
+    page = Page((tmp_path / "report.html").read_text())
+    assert "<script>alert(1)</script> <img src=x onerror=alert(1)>" in page.words and "[a](javascript:" in page.words
+    assert "$`x`$" in page.words, "no formula of the model's" and "\u202e" not in page.words
+    assert not [tag for tag, a in page.tags if tag in ("script", "a") or any(key.startswith("on") for key in a)]
+
+
 def printed(action):
     console = Console(width=120, record=True, file=io.StringIO())
     action(console)
@@ -229,7 +306,7 @@ def test_print_report_says_where_everything_is(report, monkeypatch):
     text = printed(lambda console: print_report(folder, console))
     summary = json.loads((folder / "report.json").read_text())
     assert f"Best: {summary['best']}" in text and "1 h 06 min (3 min 20 s generating" in text
-    assert f"Report: {folder / 'report.md'}\n" in text
+    assert f"Report: {folder / 'report.html'}\n" in text
     assert f"Model: {folder.parent}/runs/demo/[model]\n" in text
     assert "# allocation: sdsa" in text
 

@@ -14,7 +14,7 @@ from autoprune.actors.messages import Answer, Evaluation
 from autoprune.algorithms.written import WRITTEN_ALLOCATIONS
 from autoprune.models.errors import InputError
 from autoprune.pipeline.lineage import Lineage
-from autoprune.pipeline.report import algorithm_text
+from autoprune.pipeline.wording import algorithm_text
 
 
 def test_a_search_measures_seeds_and_generations(tmp_path, fresh):

@@ -1,0 +1,34 @@
+"""What pruning each decoder block alone costs: which blocks a model can spare least."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from autoprune.actors.pool import EvaluatorPool
+from autoprune.algorithms.algorithm import Algorithm, Allocation
+from autoprune.pipeline.screening import subset_nll
+
+
+def sensitivity(
+    pool: EvaluatorPool,
+    algorithm: Algorithm,
+    sparsity: float,
+    windows: tuple[int, ...],
+    step: Callable[[int, int], None],
+) -> list[float] | None:
+    """Nats per token above the dense model, for each block, where that block alone is pruned to `sparsity` by the
+    algorithm's score and group, on some windows of the fitness split. None where a block cannot be measured."""
+    numels, costs = pool.numels, []
+    dense = subset_nll(pool.dense["fitness"], windows)
+    split = f"fitness[{','.join(map(str, windows))}]"
+    for block, numel in enumerate(numels):
+        shares = tuple(sparsity if other == block else 0.0 for other in range(len(numels)))
+        alone = replace(algorithm, allocation=Allocation("explicit", values=shares))
+        # The share of all weights: then the values are met as they are.
+        ((_, evaluation),) = pool.evaluate([alone], split, sparsity * numel / sum(numels))
+        if evaluation.nll is None:
+            return None
+        costs.append(evaluation.nll - dense)
+        step(block + 1, len(numels))
+    return costs

@@ -1,0 +1,97 @@
+"""How algorithms and figures are put in words: the same in the terminal, in reports and in MLflow."""
+
+from __future__ import annotations
+
+import math
+
+from autoprune.algorithms.algorithm import Algorithm
+from autoprune.models.perplexity import perplexity
+from autoprune.pipeline.lineage import Candidate
+
+COUNTS = ("answers", "usable", "invalid", "repeated", "screened", "surplus", "evaluated", "failed", "poison")
+
+
+def algorithm_text(algorithm: Algorithm) -> str:
+    """The whole algorithm as one readable source file: group and allocation in a comment above the score function, and
+    an allocation of its own above that."""
+    head = f"# group: {algorithm.group}\n# allocation: {algorithm.allocation}\n"
+    functions = filter(None, (algorithm.allocation.source.strip(), algorithm.score.strip()))
+    return head + "\n\n\n".join(functions) + "\n"
+
+
+def perplexity_text(nll: float | None) -> str:
+    """For people: more digits where they mean something."""
+    if nll is None:
+        return "–"
+    value = perplexity(nll)
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "–"
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def difference_text(effect: float, error: float, unit: str = " nats") -> str:
+    return f"{effect:+.4f} ± {error:.4f}{unit}" if math.isfinite(error) else f"{effect:+.4f}{unit}"
+
+
+def measured_text(edge: dict) -> str:
+    """What was measured against a parent."""
+    text = difference_text(edge["effect"], edge["effect_error"])
+    if math.isfinite(edge.get("mask_distance", math.nan)):
+        text += f"; {100 * edge['mask_distance']:.1f}% of the probe's mask changed"
+    if "most_improved_block" in edge:
+        better, worse = edge["most_improved_block"], edge["most_worsened_block"]
+        text += f"; the error of the hidden states fell most at block {better} and least (or rose) at block {worse}"
+    return text
+
+
+def plain(text: str) -> str:
+    """The model's own words on one line."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def rows(summary: dict) -> list[dict]:
+    """The table's rows, dense first: a pruned figure means nothing without it."""
+    return sorted(summary["table"], key=lambda row: row["method"] != "dense")
+
+
+def headers(summary: dict) -> list[str]:
+    measure = f"ppl_token@{summary['context']}"
+    if summary.get("cases"):
+        combined = f"{summary['config']['target']['combine']} of all cases, × dense"
+        first = f"{measure}, report split, {summary['cases'][0]['name']}"
+        return ["method", "candidate", "sparsity", f"{measure}, fitness split, {combined}", first]
+    return ["method", "candidate", "sparsity", f"{measure}, fitness split", f"{measure}, report split"]
+
+
+def cells(row: dict) -> list[str]:
+    sparsity = f"{100 * row['sparsity']:.1f}%"
+    return [
+        row["method"],
+        row["candidate"] or "–",
+        sparsity,
+        perplexity_text(row["fitness_nll"]),
+        perplexity_text(row["report_nll"]),
+    ]
+
+
+def origin(candidate: Candidate, mark: str = "") -> str:
+    parents = f" of {', '.join(candidate.parents)}" if candidate.parents else ""
+    return f"{mark}{candidate.id}{mark} ({candidate.operator}{parents})"
+
+
+def counts_line(summary: dict) -> str:
+    text = ", ".join(f"{summary['counts'][name]} {name}" for name in COUNTS if name in summary["counts"])
+    salvaged = [f"{count} with {kind}" for kind, count in summary.get("salvaged", {}).items() if count]
+    return text + (f"; mended before reading: {', '.join(salvaged)}" if salvaged else "")
+
+
+def time_line(summary: dict) -> str:
+    times, tokens = summary["seconds"], summary["tokens"]
+    parts = ", ".join(f"{duration(times[name])} {name}" for name in ("generating", "evaluating", "waiting"))
+    return f"{duration(times['total'])} ({parts}); {tokens['prompt']:,} prompt + {tokens['completion']:,} new tokens"
