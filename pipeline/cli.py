@@ -157,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     lineage.add_argument("--status", help="only candidates of this status, such as invalid")
     lineage.add_argument("--verdict", help="only candidates whose claim was confirmed, refuted or inconclusive")
     lineage.add_argument("--json", action="store_true", help="as JSON")
+    lineage.add_argument("--html", type=Path, metavar="FILE", help="write the page that shows the whole graph")
     lineage.set_defaults(run=_lineage)
 
     show = commands.add_parser("show", help="print an algorithm that a search found, and how to prune with it")
@@ -428,8 +429,16 @@ def _lineage(options: argparse.Namespace) -> None:
     from autoprune.models.errors import InputError
     from autoprune.pipeline.asking import chosen, facts, find, reasoning, reasoning_lines, stored_lineage, table
 
-    lineage = stored_lineage(_run_folder(options.folder))
+    folder = _run_folder(options.folder)
+    lineage = stored_lineage(folder)
     filters = options.operator, options.status, options.verdict
+    if options.html is not None:
+        from autoprune.pipeline.checkpoint import write_atomic
+        from autoprune.pipeline.lineage_page import lineage_html
+
+        write_atomic(options.html, lineage_html(lineage, find(lineage, "best").id, folder.resolve().name).encode())
+        print(options.html)
+        return
     if options.of is not None:
         if any(filters):
             raise InputError("--of shows one candidate's ancestors: leave out --operator, --status and --verdict")

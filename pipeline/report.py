@@ -1,5 +1,5 @@
-"""What a search found, for people: report.html, report.md and its pictures, the table in the terminal; report.json for
-machines."""
+"""What a search found, for people: report.html and lineage.html, report.md and its pictures, the table in the terminal;
+report.json for machines."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from autoprune.algorithms.algorithm import Algorithm
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.lineage import Candidate, Lineage
+from autoprune.pipeline.lineage_page import lineage_html
 from autoprune.pipeline.plots import REFERENCES, lineage_png, progress_png, sensitivity_png, sparsity_png
 from autoprune.pipeline.report_markdown import report_markdown
 from autoprune.pipeline.report_page import report_html
@@ -48,8 +49,8 @@ def table(summary: dict) -> Table:
 
 
 def write_report(folder: Path, lineage: Lineage, summary: dict) -> list[Path]:
-    """Write report.html, report.md, report.json (summary and best algorithm), best.py and the pictures; returns their
-    paths.
+    """Write report.html, lineage.html, report.md, report.json (summary and best algorithm), best.py and the pictures;
+    returns their paths.
 
     summary: what the driver knows (plain JSON); `best` names a candidate of the lineage that has a fitness.
     """
@@ -74,6 +75,8 @@ def write_report(folder: Path, lineage: Lineage, summary: dict) -> list[Path]:
     markdown = report_markdown(lineage, summary, best, files.keys())
     files["report.md"] = markdown.encode()
     pictures = {name: data for name, data in files.items() if name.endswith(".png")}
+    dense = next((row["fitness_nll"] for row in summary["table"] if row["method"] == "dense"), None)
+    files["lineage.html"] = lineage_html(lineage, best.id, f"AutoPrune: {about}", dense).encode()
     files["report.html"] = report_html(markdown, pictures, f"AutoPrune: {about}").encode()
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
@@ -139,7 +142,7 @@ def print_report(folder: Path, console: Console) -> None:
     source = algorithm_text(Algorithm.from_dict(summary["algorithm"]))
     console.print(Syntax(source, "python", background_color="default", word_wrap=True))
     places = {"Model": Path(summary["model"]), "Algorithm": folder / "best.py"}
-    places |= {"Report": folder / "report.html", "Run": folder}
+    places |= {"Report": folder / "report.html", "Lineage": folder / "lineage.html", "Run": folder}
     for name, place in places.items():
         console.print(f"{name}: {place.resolve()}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"MLflow: {summary['mlflow']}", markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """What several tests share: tiny models made on the spot, and one Ray cluster for the whole session."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -36,3 +37,20 @@ def cluster():
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real browser without a screen. Where there is none, what needs it is skipped."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on the path (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        # Without its sandbox it also runs as root, in a container; it sees nothing here but our own pages.
+        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()

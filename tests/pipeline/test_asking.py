@@ -70,6 +70,12 @@ def test_every_candidate_has_a_line_and_filters_choose(search, capsys):
             assert all(one["against"][0]["verdict"] == "refuted" for one in found)
 
 
+def test_the_page_can_be_had_at_any_time(search, capsys, tmp_path):
+    page = tmp_path / "page.html"
+    assert said(capsys, "lineage", search.folder, "--html", page).strip() == str(page)
+    assert all(f'"{candidate.id}"' in page.read_text() for candidate in search.lineage)
+
+
 def test_the_chain_goes_from_a_seed_to_the_candidate(search, capsys):
     best = search.lineage.best()
     path = [c.id for c in search.lineage.ancestors_path(best.id)]

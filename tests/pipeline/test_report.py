@@ -120,7 +120,8 @@ def report(lineage, tmp_path_factory):
 
 def test_files_and_pictures(report):
     folder, paths = report
-    names = {"report.html", "report.json", "report.md", "best.py", "lineage.png", "fitness.png", "sparsity.png"}
+    pages, pictures = {"report.html", "lineage.html"}, {"lineage.png", "fitness.png", "sparsity.png"}
+    names = {"report.json", "report.md", "best.py"} | pages | pictures
     assert {path.name for path in paths} == names == {path.name for path in folder.iterdir()}
     for path in paths:
         if path.suffix == ".png":
