@@ -89,7 +89,7 @@ def run_comparison(config: Comparison, say: Say, open_bench: OpenBench = open_wo
     new = _open_folder(folder)
     try:
         uri = config.tracking.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
-        tracker = ComparisonTracker(uri, config.tracking.experiment, config.name, folder)
+        tracker = ComparisonTracker(uri, config.tracking.experiment or "autoprune", config.name, folder)
         tracker.start(config.to_dict())
         write_atomic(folder / CONFIG_FILE, config.to_yaml().encode())
     except InputError:

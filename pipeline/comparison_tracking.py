@@ -12,9 +12,7 @@ from autoprune.pipeline.tracking import PARENT_TAG, MlflowTracker, cut, now
 class ComparisonTracker(MlflowTracker):
     """Opens, fails and catches up as the tracker of a search does."""
 
-    @staticmethod
-    def _source_tags() -> dict[str, str]:
-        return MlflowTracker._source_tags() | {"autoprune.kind": "comparison"}
+    kind = "comparison"
 
     def cell(self, cell: Cell, result: Result) -> None:
         """A child run for a cell. Called again for the same cell, it finds the run that exists."""
@@ -31,7 +29,7 @@ class ComparisonTracker(MlflowTracker):
         if found:
             run_id = found[0].info.run_id
         else:
-            tags = self._source_tags() | {PARENT_TAG: self._run_id, "autoprune.cell": cell.key}
+            tags = self._inherited | {PARENT_TAG: self._run_id, "autoprune.cell": cell.key}
             written = {"parameters": setting_of(result), "error": result.error or ""}
             tags |= {f"autoprune.{name}": cut(text) for name, text in written.items() if text}
             start = end - int(result.seconds * 1000)

@@ -202,10 +202,11 @@ class Budgets:
 
 @dataclass(frozen=True)
 class Tracking:
-    """MLflow. uri: a server or a database; empty: `mlflow.db` in the folder of runs."""
+    """MLflow. uri: a server or a database; empty: `mlflow.db` in the folder of runs. experiment: its name; empty: one
+    for each task, such as `autoprune/MODEL@60%` (searches), or `autoprune` (comparisons)."""
 
     uri: str = ""
-    experiment: str = "autoprune"
+    experiment: str = ""
 
 
 @dataclass(frozen=True)

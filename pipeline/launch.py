@@ -152,6 +152,12 @@ def cluster() -> Iterator[None]:
             ray.shutdown()
 
 
+def experiment_of(config: Config) -> str:
+    """The MLflow experiment of a search: the configured one, or one for each task, a model at a sparsity."""
+    task = f"autoprune/{Path(config.target.model).name}@{config.target.sparsity:.0%}"
+    return config.tracking.experiment or (task if not config.target.further else f"{task}+{len(config.target.further)}")
+
+
 def _run(
     config: Config,
     folder: Path,
@@ -167,8 +173,10 @@ def _run(
 
     settings, evaluators = config.generator, config.evaluators
     uri = config.tracking.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
-    tracker = MlflowTracker(uri, config.tracking.experiment, config.name, folder)
-    tracker.start(config.to_dict() | {"prompts": VERSION})
+    tracker = MlflowTracker(uri, experiment_of(config), config.name, folder)
+    hashes = prepared[config.target.model].hashes
+    texts = {split: (getattr(config.data, split), hashes[split]) for split in SPLITS}
+    tracker.start(config.to_dict() | {"prompts": VERSION}, texts, list(prepared))
     status = Status(folder, progress)
     ended = "FAILED"
     pools: dict[str, EvaluatorPool] = {}
@@ -192,7 +200,6 @@ def _run(
         if settings.kind == "vllm":
             generator.wait()  # it loaded while the evaluators measured the dense model
         evaluator = _evaluator(config, pools)
-        hashes = prepared[config.target.model].hashes
         status = Status(
             folder,
             progress,

@@ -12,9 +12,10 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +24,7 @@ from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.checkpoint import write_atomic
 from autoprune.pipeline.lineage import Candidate
+from autoprune.pipeline.tracking_context import SystemSamples, log_inputs, source_tags
 from autoprune.pipeline.wording import algorithm_text
 
 if TYPE_CHECKING:
@@ -35,7 +37,9 @@ SQLITE = "sqlite:///"
 PARENT_TAG = "mlflow.parentRunId"  # what makes the UI show a run under another
 MEASURED = ("evaluated", "failed", "poison")
 VALUE_LENGTH = 500  # of a parameter or a tag: the limit of older servers
+ENDED = ("FINISHED", "FAILED")
 PARAMS_PER_BATCH = 100  # the server's limit
+METRICS_PER_BATCH = 1000  # the same
 REQUEST_TIMEOUT = 10  # seconds; MLflow's own is 120, with 7 retries: minutes in which the search would stand still
 FAILURES_PER_CALL = 2  # then give up until the next call, so that a dead store costs two time-outs at most
 
@@ -84,6 +88,8 @@ class MlflowTracker:
     Raises InputError when the store cannot be opened. After `start`, nothing here raises.
     """
 
+    kind = "search"  # tag of the parent run
+
     def __init__(self, uri: str, experiment: str, run_name: str, folder: Path) -> None:
         self.uri, self.experiment, self.run_name, self.folder = uri, experiment, run_name, folder
         if not uri.startswith((SQLITE + "/", "http://", "https://")):
@@ -91,6 +97,8 @@ class MlflowTracker:
                 f"MLflow store {uri!r} cannot be used: expected sqlite:////absolute/path/mlflow.db or http(s)://server"
             )
         self._statuses: dict[str, str] = {}  # of every candidate seen, for the counts
+        self._written: set[str] = set()  # candidates whose child run is complete
+        self._doubtful: set[str] = set()  # those that may have a child run that is not
         self._pending: deque[Callable[[], None]] = deque()
         self._warned = False
         _quiet_mlflow()
@@ -126,23 +134,30 @@ class MlflowTracker:
 
     # Opening
 
-    def start(self, config: dict) -> None:
-        """Open the parent run, or the one that `mlflow.json` remembers, with the flattened config as parameters.
+    def start(
+        self, config: dict, texts: Mapping[str, tuple[str, str]] | None = None, models: Sequence[str] = ()
+    ) -> None:
+        """Open the parent run, or the one that `mlflow.json` remembers, with the flattened config as parameters, and
+        texts and models as its inputs (see `log_inputs`).
 
         Raises InputError when the store is not there: at the start a person is present who can put it right.
         """
-        self._or_input_error(lambda: self._start(config))
+        self._or_input_error(lambda: self._start(config, texts or {}, models))
+        self._samples = SystemSamples()
 
-    def _start(self, config: dict) -> None:
+    def _start(self, config: dict, texts: Mapping[str, tuple[str, str]], models: Sequence[str]) -> None:
         from mlflow.entities import Param
 
         self._experiment_id = self._find_experiment()
+        self._source = source_tags() | {"autoprune.kind": self.kind}
         run = self._remembered_run()
         if run is None:
-            run = self._client.create_run(self._experiment_id, run_name=self.run_name, tags=self._source_tags())
+            run = self._client.create_run(self._experiment_id, run_name=self.run_name, tags=self._source)
             self._write_memory(run.info.run_id)
+            log_inputs(self._client, run.info.run_id, self._experiment_id, texts, models)
         else:
             self._client.update_run(run.info.run_id, status="RUNNING")
+            self._find_children(run.info.run_id)
         self._run_id = run.info.run_id
         # A parameter cannot be changed, so a resumed run keeps those that it has.
         params = [Param(k, v) for k, v in flatten(config).items() if k not in run.data.params]
@@ -180,11 +195,25 @@ class MlflowTracker:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / "mlflow.json", json.dumps(memory, indent=1).encode())
 
-    @staticmethod
-    def _source_tags() -> dict[str, str]:
-        from mlflow.tracking.context.registry import resolve_tags
+    @property
+    def _inherited(self) -> dict[str, str]:
+        """Of the parent's tags, those that a child has too: MLflow's own, such as the user and the commit."""
+        return {name: value for name, value in self._source.items() if name.startswith("mlflow.")}
 
-        return resolve_tags()  # user, program, git commit
+    def _find_children(self, run_id: str) -> None:
+        """What the store has of an earlier sitting, in a few requests and not one for each candidate."""
+        token = None
+        while True:
+            mine = f"tags.`{PARENT_TAG}` = '{run_id}'"
+            page = self._client.search_runs([self._experiment_id], mine, max_results=1000, page_token=token)
+            for run in page:
+                if run.info.status in ENDED:
+                    self._written.add(run.data.tags.get("autoprune.candidate", ""))
+                else:
+                    self._doubtful.add(run.data.tags.get("autoprune.candidate", ""))
+            token = page.token
+            if not token:
+                return
 
     # Writing
 
@@ -199,13 +228,16 @@ class MlflowTracker:
             self._do(partial(self._candidate, candidate, edges, now()))
 
     def generation(self, index: int, metrics: dict[str, float]) -> None:
-        """Metrics of one generation, on the parent run with step = index."""
+        """Metrics of one generation, on the parent run with step = index, and the machine's load since the last."""
         self._do(partial(self._log, self._run_id, metrics, now(), step=index))
+        self._do(partial(self._log_system, self._samples.take()))
 
     def finish(
         self, status: Literal["FINISHED", "FAILED", "KILLED"], metrics: dict[str, float], artifacts: list[Path]
     ) -> None:
         """Final metrics, the number of candidates of each status and artifacts on the parent run, then close it."""
+        self._samples.end()
+        self._do(partial(self._log_system, self._samples.take()))
         counts = {f"candidates_{name}": float(count) for name, count in Counter(self._statuses.values()).items()}
         self._do(partial(self._finish, status, metrics | counts, artifacts, now()))
         if self._pending:
@@ -239,6 +271,13 @@ class MlflowTracker:
         batch: list[Metric] = [Metric(name, value, timestamp, step) for name, value in finite.items()]
         self._client.log_batch(run_id, metrics=batch)
 
+    def _log_system(self, samples: list[tuple[int, dict[str, float]]]) -> None:
+        from mlflow.entities import Metric
+
+        batch = [Metric(name, value, at, at) for at, seen in samples for name, value in seen.items()]
+        for first in range(0, len(batch), METRICS_PER_BATCH):
+            self._client.log_batch(self._run_id, metrics=batch[first : first + METRICS_PER_BATCH])
+
     def _finish(self, status: str, metrics: dict[str, float], artifacts: list[Path], timestamp: int) -> None:
         self._log(self._run_id, metrics, timestamp)
         for path in artifacts:
@@ -246,23 +285,27 @@ class MlflowTracker:
         self._client.set_terminated(self._run_id, status, timestamp)
 
     def _candidate(self, candidate: Candidate, edges: list[dict], end: int) -> None:
-        # Asking the store, not a memory of our own, also finds a child whose creation was cut off by a kill.
-        mine = f"tags.`{PARENT_TAG}` = '{self._run_id}' and tags.`autoprune.candidate` = '{candidate.id}'"
-        found = self._client.search_runs([self._experiment_id], mine, max_results=1)
-        if found and found[0].info.status in ("FINISHED", "FAILED"):
+        if candidate.id in self._written:
             return
-        if found:
-            run = found[0]
-        else:
+        found = None
+        if candidate.id in self._doubtful:
+            # Asking the store, not a memory of our own, also finds a child whose creation was cut off.
+            mine = f"tags.`{PARENT_TAG}` = '{self._run_id}' and tags.`autoprune.candidate` = '{candidate.id}'"
+            found = next(iter(self._client.search_runs([self._experiment_id], mine, max_results=1)), None)
+        self._doubtful.add(candidate.id)
+        if found is None:
             seconds = candidate.evaluation.seconds if candidate.evaluation else 0.0
-            tags = self._source_tags() | self._tags(candidate, edges)
-            start = end - int(seconds * 1000)
-            run = self._client.create_run(self._experiment_id, start_time=start, run_name=candidate.id, tags=tags)
-        run_id = run.info.run_id
-        for name, text in self._artifacts(candidate, edges).items():
-            self._client.log_text(run_id, text, name)
-        self._log(run_id, self._metrics(candidate, edges), end)
-        self._client.set_terminated(run_id, "FINISHED" if candidate.status == "evaluated" else "FAILED", end)
+            tags, start = self._inherited | self._tags(candidate, edges), end - int(seconds * 1000)
+            found = self._client.create_run(self._experiment_id, start_time=start, run_name=candidate.id, tags=tags)
+        if found.info.status not in ENDED:
+            run_id = found.info.run_id
+            with tempfile.TemporaryDirectory() as folder:
+                for name, text in self._artifacts(candidate, edges).items():
+                    (Path(folder) / name).write_text(text, errors="backslashreplace")
+                self._client.log_artifacts(run_id, folder)
+            self._log(run_id, self._metrics(candidate, edges), end)
+            self._client.set_terminated(run_id, "FINISHED" if candidate.status == "evaluated" else "FAILED", end)
+        self._written.add(candidate.id)
 
     def _tags(self, candidate: Candidate, edges: list[dict]) -> dict[str, str]:
         tags = {

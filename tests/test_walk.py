@@ -132,7 +132,7 @@ def test_mlflow_holds_the_lineage(walk):
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{walk.parent / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("autoprune")
+    experiment = client.get_experiment_by_name("autoprune/smollm2-135m-instruct@60%")
     runs = client.search_runs([experiment.experiment_id], max_results=200)
     children = {r.info.run_name: r for r in runs if "mlflow.parentRunId" in r.data.tags}
     lineage = Lineage.from_dict(json.loads((walk / "lineage.json").read_text()))

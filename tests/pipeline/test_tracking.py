@@ -16,11 +16,13 @@ from dataclasses import replace
 
 import pytest
 
+import autoprune
 from autoprune.actors.messages import Evaluation
 from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.models.errors import InputError
 from autoprune.pipeline.lineage import Candidate, Lineage
 from autoprune.pipeline.tracking import MlflowTracker, flatten
+from autoprune.pipeline.tracking_context import MOST_SAMPLES
 
 ALGORITHM = Algorithm("def score(W, x_norm):\n    return W.abs() * x_norm", "row", Allocation("sdsa", {"tau": 0.5}))
 MEASURED = Evaluation(5.0, 1022, (4.9, 5.1), (0.5, 0.7), sparsity=0.6, seconds=2.5)
@@ -67,9 +69,12 @@ def uri(first_use, tmp_path):
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
+TEXTS = {"fitness": ("prose[0:4]", "ab" * 32), "report": ("prose[4:8]", "cd" * 32)}
+
+
 def started(uri, tmp_path, config=CONFIG):
     tracker = MlflowTracker(uri, "demo", "first", tmp_path / "run")
-    tracker.start(config)
+    tracker.start(config, TEXTS, ["org/tiny model"])
     return tracker
 
 
@@ -152,10 +157,48 @@ def test_a_resumed_search_goes_on_in_the_same_runs(uri, tmp_path):
     assert store(uri)[1].info.status == "RUNNING"
     track(second, lineage)
     second.finish("FINISHED", {}, [])
-    _, parent, children = store(uri)
+    client, parent, children = store(uri)
+    inputs = client.get_run(parent.info.run_id).inputs
+    assert len(inputs.dataset_inputs) == 2 and len(inputs.model_inputs) == 1
     assert parent.info.run_id == json.loads((tmp_path / "run" / "mlflow.json").read_text())["run_id"]
     assert set(children) == {"seed-wanda", "g1-c0", "g1-c1"}
     assert parent.data.params["target.model"] == "smollm2" and parent.data.params["new"] == "1"
+
+
+def test_code_texts_models_and_the_machine_are_told(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr("autoprune.pipeline.tracking_context.PERIOD", 0.05)
+    tracker = started(uri, tmp_path)
+    time.sleep(1.0)
+    for generation in range(2):
+        tracker.generation(generation, {"best_fitness_nll": 5.0})
+    tracker.finish("FINISHED", {}, [])
+    client, parent, _ = store(uri)
+    tags = parent.data.tags
+    assert (tags["autoprune.kind"], tags["autoprune.version"]) == ("search", autoprune.__version__)
+    assert len(tags["autoprune.lock"]) == 16
+    told = {one.tags[0].value: (one.dataset.name, one.dataset.digest) for one in parent.inputs.dataset_inputs}
+    assert told == {"fitness": ("prose[0:4]", "ab" * 16), "report": ("prose[4:8]", "cd" * 16)}
+    (model,) = client.get_run(parent.info.run_id).inputs.model_inputs
+    assert client.get_logged_model(model.model_id).tags["autoprune.model"] == "org/tiny model"
+    history = client.get_metric_history(parent.info.run_id, "system/cpu_utilization_percentage")
+    assert 2 <= len(history) <= 3 * MOST_SAMPLES and len({m.timestamp for m in history}) == len(history)
+
+
+def test_a_child_that_a_kill_cut_off_is_completed_and_not_made_again(uri, tmp_path):
+    """Of many candidates, what an earlier sitting left is found in one look."""
+    lineage, first = small_lineage(), started(uri, tmp_path)
+    first.candidate(lineage["seed-wanda"], [])
+    cut_off = first._client.create_run(
+        first._experiment_id,
+        run_name="g1-c0",
+        tags={"mlflow.parentRunId": first._run_id, "autoprune.candidate": "g1-c0"},
+    )
+    second = started(uri, tmp_path)
+    track(second, lineage)
+    client, _, children = store(uri)
+    assert set(children) == {"seed-wanda", "g1-c0", "g1-c1"}
+    assert children["g1-c0"].info.run_id == cut_off.info.run_id and children["g1-c0"].info.status == "FINISHED"
+    assert artifact(client, children["g1-c0"], "prompt.txt") == "the prompt"
 
 
 def test_what_fails_is_kept_and_written_later(uri, tmp_path, caplog):
