@@ -29,7 +29,7 @@ class ComparisonTracker(MlflowTracker):
         if found:
             run_id = found[0].info.run_id
         else:
-            tags = self._inherited | {PARENT_TAG: self._run_id, "autoprune.cell": cell.key}
+            tags = self._inherited | {PARENT_TAG: self._run_id, "autoprune.kind": self.kind, "autoprune.cell": cell.key}
             written = {"parameters": setting_of(result), "error": result.error or ""}
             tags |= {f"autoprune.{name}": cut(text) for name, text in written.items() if text}
             start = end - int(result.seconds * 1000)
