@@ -166,6 +166,11 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="as JSON")
     show.set_defaults(run=_show)
 
+    register = commands.add_parser("register", help="put a search's pruned model into MLflow's model registry")
+    register.add_argument("folder", metavar="RUN", help="name or folder of a finished run")
+    register.add_argument("--name", default="", help="of the registered model; default: of the target and the sparsity")
+    register.set_defaults(run=_register)
+
     report = commands.add_parser("report", help="show what a search found")
     report.add_argument("folder", metavar="RUN", help="name or folder of a run")
     report.set_defaults(run=_report)
@@ -462,6 +467,12 @@ def _show(options: argparse.Namespace) -> None:
     lineage = stored_lineage(folder)
     found = shown(lineage, find(lineage, options.candidate), load_config(folder / "config.yaml"))
     print(json.dumps(found, indent=1) if options.json else shown_text(found), end="\n" if options.json else "")
+
+
+def _register(options: argparse.Namespace) -> None:
+    from autoprune.pipeline.registering import register
+
+    print(register(_run_folder(options.folder), options.name))
 
 
 def _report(options: argparse.Namespace) -> None:

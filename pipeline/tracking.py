@@ -44,7 +44,7 @@ REQUEST_TIMEOUT = 10  # seconds; MLflow's own is 120, with 7 retries: minutes in
 FAILURES_PER_CALL = 2  # then give up until the next call, so that a dead store costs two time-outs at most
 
 
-def _quiet_mlflow() -> None:
+def quiet_mlflow() -> None:
     """Before MLflow is imported: no usage reports, no chatter, and no long retries inside a call."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -101,7 +101,7 @@ class MlflowTracker:
         self._doubtful: set[str] = set()  # those that may have a child run that is not
         self._pending: deque[Callable[[], None]] = deque()
         self._warned = False
-        _quiet_mlflow()
+        quiet_mlflow()
         from mlflow import MlflowClient
 
         self._client: MlflowClient = self._or_input_error(lambda: MlflowClient(uri))
