@@ -21,6 +21,7 @@ from autoprune.pipeline.ledger import REPORT
 from autoprune.pipeline.lineage import STATUSES, paired_difference
 from autoprune.pipeline.preparation import SPLITS
 from autoprune.pipeline.report import write_report
+from autoprune.pipeline.report_markdown import result_text
 from autoprune.pipeline.run_folder import CONFIG_FILE
 from autoprune.pipeline.search import Progress, Search
 from autoprune.pipeline.sensitivity import sensitivity
@@ -37,8 +38,9 @@ def conclude(
     hashes: dict[str, str],
     ui_command: str,
     progress: Progress,
-) -> tuple[list[Path], dict[str, float]]:
-    """Measure seeds and best on the report split, export the best, write the report. Returns artifacts and metrics."""
+) -> tuple[list[Path], dict[str, float], str]:
+    """Measure seeds and best on the report split, export the best, write the report. Returns artifacts, metrics, and
+    what to say of the whole in Markdown."""
     best = search.lineage.best()
     rows = [("dense", None), *((c.id.removeprefix("seed-"), c) for c in search.lineage if c.operator == "seed")]
     rows = [(method, c) for method, c in rows if c is None or c.status == "evaluated"] + [("best found", best)]
@@ -127,7 +129,11 @@ def conclude(
     }
     artifacts = write_report(folder, search.lineage, summary)
     metrics = {f"report_nll.{metric_name(row['method'])}": row["report_nll"] for row in table}
-    return [*artifacts, folder / "lineage.json", folder / CONFIG_FILE], metrics
+    note = (
+        f"{result_text(summary, best.id)}\n\nThe whole graph, and the report, are among the artifacts: `lineage.html`, "
+    )
+    note += "`report.html`. Each candidate that was measured is a child run; its tags say where it is from."
+    return [*artifacts, folder / "lineage.json", folder / CONFIG_FILE], metrics, note.strip()
 
 
 def _gain(rows: list[tuple], measured: list[tuple[Evaluation, Evaluation]]) -> dict:

@@ -182,6 +182,7 @@ def _run(
     pools: dict[str, EvaluatorPool] = {}
     artifacts: list[Path] = []
     metrics: dict[str, float] = {}
+    note = ""
     places, closing = None, ExitStack()
     try:
         places = reserve_places(config, len(prepared), progress.say)
@@ -211,7 +212,7 @@ def _run(
         closing.callback(search.ledger.close)  # answers that were asked for ahead come too late
         search.run()
         pool = pools[config.target.model]
-        artifacts, metrics = conclude(config, folder, pool, search, hashes, tracker.ui_command, progress)
+        artifacts, metrics, note = conclude(config, folder, pool, search, hashes, tracker.ui_command, progress)
         ended = "FINISHED"
     except KeyboardInterrupt:
         ended = "KILLED"
@@ -225,7 +226,7 @@ def _run(
             pool.stop()
         if places is not None:
             places.free()
-        tracker.finish(ended, metrics, artifacts)
+        tracker.finish(ended, metrics, artifacts, note)
     return folder
 
 

@@ -30,7 +30,7 @@ def report_markdown(lineage: Lineage, summary: dict, best: Candidate, pictures: 
     """summary: as `conclusion` makes it. pictures: names of the files that lie beside the report."""
     sections = [
         f"# {summary['name']}: pruning {summary['target']} to {100 * summary['sparsity']:g}%",
-        _result(summary, best),
+        result_text(summary, best.id),
         _table(summary),
         f"## The best algorithm: {best.id}\n\n```python\n{algorithm_text(best.algorithm)}```",
         _formula(best),
@@ -50,7 +50,7 @@ def report_markdown(lineage: Lineage, summary: dict, best: Candidate, pictures: 
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _result(summary: dict, best: Candidate) -> str:
+def result_text(summary: dict, best: str) -> str:
     """The one sentence that people look for: better than what, by how much, and how sure that is."""
     gain = summary.get("gain")
     if not gain or gain["rival"] is None:
@@ -63,7 +63,7 @@ def _result(summary: dict, best: Candidate) -> str:
     clear = abs(gain["nats"]) > 2 * gain["error"]
     verdict = "" if clear else " **That is within the noise.**"
     return (
-        f"On text that no search saw, the perplexity of **{best.id}** is **{size} {gain['rival']}**, the best of the "
+        f"On text that no search saw, the perplexity of **{best}** is **{size} {gain['rival']}**, the best of the "
         f"baselines there{sure}.{verdict}"
     )
 

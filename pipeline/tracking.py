@@ -170,7 +170,8 @@ class MlflowTracker:
             location = None  # a server chooses its own
             if self.uri.startswith(SQLITE):
                 location = (Path(self.uri.removeprefix(SQLITE)).parent / "mlartifacts").as_uri()
-            return self._client.create_experiment(self.experiment, artifact_location=location)
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # of MLflow's two views the one with charts
+            return self._client.create_experiment(self.experiment, artifact_location=location, tags=kind)
         if found.lifecycle_stage != "active":
             raise InputError(f"MLflow experiment {self.experiment!r} was deleted; restore it or choose another name")
         return found.experiment_id
@@ -233,13 +234,20 @@ class MlflowTracker:
         self._do(partial(self._log_system, self._samples.take()))
 
     def finish(
-        self, status: Literal["FINISHED", "FAILED", "KILLED"], metrics: dict[str, float], artifacts: list[Path]
+        self,
+        status: Literal["FINISHED", "FAILED", "KILLED"],
+        metrics: dict[str, float],
+        artifacts: list[Path],
+        note: str = "",
     ) -> None:
-        """Final metrics, the number of candidates of each status and artifacts on the parent run, then close it."""
+        """Final metrics, the number of candidates of each status and artifacts on the parent run, then close it.
+
+        note: Markdown that the UI shows as the run's description.
+        """
         self._samples.end()
         self._do(partial(self._log_system, self._samples.take()))
         counts = {f"candidates_{name}": float(count) for name, count in Counter(self._statuses.values()).items()}
-        self._do(partial(self._finish, status, metrics | counts, artifacts, now()))
+        self._do(partial(self._finish, status, metrics | counts, artifacts, note, now()))
         if self._pending:
             logger.warning("MLflow at %s misses %d records; the run folder has them all", self.uri, len(self._pending))
 
@@ -278,7 +286,9 @@ class MlflowTracker:
         for first in range(0, len(batch), METRICS_PER_BATCH):
             self._client.log_batch(self._run_id, metrics=batch[first : first + METRICS_PER_BATCH])
 
-    def _finish(self, status: str, metrics: dict[str, float], artifacts: list[Path], timestamp: int) -> None:
+    def _finish(self, status: str, metrics: dict[str, float], artifacts: list[Path], note: str, timestamp: int) -> None:
+        if note:
+            self._client.set_tag(self._run_id, "mlflow.note.content", note)
         self._log(self._run_id, metrics, timestamp)
         for path in artifacts:
             self._client.log_artifact(self._run_id, str(path))
