@@ -138,7 +138,8 @@ class SearchPlan:
     error.
     elites: how many of the best are parents; with `diversity`, the best of each niche: of algorithms that read the same
     and whose masks on the probe differ by less than `niche_radius`; and prompts for scores offer few statistics then,
-    rather those that were hardly tried.
+    rather those that were hardly tried. trials: measure on the probe's text what one more statistic does to a parent's
+    score, tell the prompts that change it, and offer what promises more.
     prompt: "gcot", the reasoning of the graph; "topk", the best algorithms; "fixed", the seeds, the same
     every time. Of the latter two every second asks for a score alone.
     operators: relative frequencies to begin with; with `adapt`, those that improve more per token come more often, and
@@ -167,6 +168,7 @@ class SearchPlan:
     elites: int = 4
     diversity: bool = True
     niche_radius: float = 0.1
+    trials: bool = True
     prompt: str = "gcot"
     operators: dict[str, float] = field(
         default_factory=lambda: {"explore": 1.0, "mutate": 2.0, "crossover": 1.0, "simplify": 0.5, "tune": 1.0}

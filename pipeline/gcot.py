@@ -23,7 +23,7 @@ from autoprune.pipeline.lineage import Candidate, Lineage
 
 Count = Callable[[Messages], int]
 
-VERSION = "v3"  # of the templates, the folder that they lie in: what a prompt says is part of what a search was
+VERSION = "v4"  # of the templates, the folder that they lie in: what a prompt says is part of what a search was
 PATH_LIMIT = 5  # ancestors told of, the nearest
 KNOWN_LIMIT = 10  # algorithms listed as written already; more would crowd out the reasoning
 FAILURE_LIMIT = 5  # changes told of that came to nothing, the newest
@@ -65,20 +65,26 @@ def template(name: str) -> str:
 
 
 def build_prompt(
-    lineage: Lineage, task: str, parents: tuple[str, ...], setting: Setting, lessons: Sequence[str] = ()
+    lineage: Lineage,
+    task: str,
+    parents: tuple[str, ...],
+    setting: Setting,
+    lessons: Sequence[str] = (),
+    trials: Sequence[str] = (),
 ) -> Messages:
     """The prompt for a task: explore, crossover (either may have _allocate behind it), mutate_score, mutate_allocation,
     mutate_allocate, simplify. (role, text) messages of at most setting.limit tokens. lessons: lines of what the whole
-    graph says (see `lessons`).
+    graph says (see `lessons`). trials: lines of what was tried of the first parent (see `trials`).
 
     What is too much is dropped: the oldest evidence first, never the parents; then the oldest failures; the lessons;
-    the worst of what is listed as known. What is left then is longer than the limit. A function of its arguments alone.
+    the worst of what is listed as known; the trials. What is left then is longer than the limit. A function of its
+    arguments alone.
     """
     system = _system(setting)
     steps = _walk(lineage, parents)
     known = lineage.evaluated()[:KNOWN_LIMIT] if setting.diverse else []
     failures = lineage.failures(parents[0])[-FAILURE_LIMIT:] if setting.diverse else []
-    lessons = list(lessons)
+    lessons, trials = list(lessons), list(trials)
     while True:
         numbers = {candidate.id: number for number, candidate in enumerate(steps, start=1)}
         focal, partner = numbers[parents[0]], numbers[parents[-1]]
@@ -89,12 +95,13 @@ def build_prompt(
             _section("known", [f"- {c.fitness:.3f}: {_one_line(c)}" for c in known]),
             _section("lessons", lessons),
             _lines(["How we got here:", *(_step(lineage, c, numbers, setting) for c in steps)]),
+            _section("trials", trials, focal=focal),
             _section("failures", [_failure(lineage, parents[0], c) for c in failures], focal=focal),
             _lines([template(task).format(focal=focal, partner=partner), template("order")]),
         ]
         messages = (("system", system), ("user", "\n\n".join(filter(None, sections))))
         old = next((candidate for candidate in steps if candidate.id not in parents), None)
-        if setting.count(messages) <= setting.limit or not (old or failures or lessons or known):
+        if setting.count(messages) <= setting.limit or not (old or failures or lessons or known or trials):
             return messages
         if old:
             steps.remove(old)
@@ -102,8 +109,10 @@ def build_prompt(
             failures = failures[1:]
         elif lessons:
             lessons = []
-        else:
+        elif known:
             known = known[:-1]
+        else:
+            trials = []
 
 
 def plain_prompt(candidates: Sequence[Candidate], task: str, setting: Setting) -> Messages:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from autoprune.actors.messages import Request
@@ -19,8 +19,10 @@ from autoprune.pipeline.lineage import Candidate, Lineage
 from autoprune.pipeline.niches import elites
 from autoprune.pipeline.operators import choose, weights
 from autoprune.pipeline.population import choose_parents
+from autoprune.pipeline.trials import Trial, promises, trial_lines
 
 LINES = 3  # that may stand above an answer's return
+TRIALS = 3  # that a prompt tells of
 SIMPLE_LINES = 1  # in an answer that is to be simpler
 
 
@@ -46,7 +48,7 @@ class Prompter:
     """Reads prompts off the lineage of one search. A function of configuration, seed and graph.
 
     dense: NLL of the unpruned model on the fitness split. count: tokens of a prompt. effect: of a child against its
-    parent, as `lessons` takes it.
+    parent, as `lessons` takes it. tried: what one more statistic does to a candidate's score (see `trials`).
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class Prompter:
         dense: float,
         count: Count,
         effect: Callable[[Candidate, Candidate], float | None],
+        tried: Callable[[Candidate], Sequence[Trial]] = lambda _: (),
     ) -> None:
         self._config, self._lineage, self._dense, self._count, self._effect = config, lineage, dense, count, effect
+        self._tried = tried
 
     def slots(self, generation: int, round_: int) -> list[Slot]:
         """The prompts of one round: who are the parents, and what is asked. `tune` asks nobody, and once a
@@ -115,11 +119,15 @@ class Prompter:
             asked, task = self._scored if chosen == "score" else (chosen,), f"mutate_{chosen}"
         elif operator == "simplify":
             asked, lines = ("score",), SIMPLE_LINES
-        statistics = plan.statistics
+        statistics, trials = plan.statistics, ()
         if plan.diversity and "score" in asked and set(asked) <= {"group", "score"}:
-            statistics = focus(rng, self._lineage, operator, [self._lineage[p].algorithm for p in parents], statistics)
+            if operator in ("mutate", "crossover"):
+                trials = self._tried(self._lineage[parents[0]])
+            algorithms = [self._lineage[parent].algorithm for parent in parents]
+            statistics = focus(rng, self._lineage, operator, algorithms, statistics, promises(trials))
         setting = replace(self.setting, statistics=statistics)
-        messages = build_prompt(self._lineage, task, parents, setting, lessons(self._lineage, self._effect))
+        told = lessons(self._lineage, self._effect), trial_lines(trials, statistics, TRIALS)
+        messages = build_prompt(self._lineage, task, parents, setting, *told)
         return Slot(operator, parents, messages, asked, statistics, lines)
 
     def elites(self) -> list[Candidate]:

@@ -38,6 +38,7 @@ from autoprune.pipeline.mirror import CHECKPOINT, Mirror
 from autoprune.pipeline.population import seed
 from autoprune.pipeline.prompting import Prompter, Slot
 from autoprune.pipeline.screening import Screen, reading, subset_nll
+from autoprune.pipeline.trials import Trial, trials
 
 
 class Tracker(Protocol):
@@ -86,7 +87,7 @@ class Search:
         dense = self.evaluator.dense[FULL].nll
         # What prompts are read off: the lineage itself, or with a lag what of it may be known by then.
         self.seen = Lineage() if self.config.search.lag else self.lineage
-        self.prompter = Prompter(self.config, self.seen, dense, self.generator.count, self.screen.effect)
+        self.prompter = Prompter(self.config, self.seen, dense, self.generator.count, self.screen.effect, self._tried)
         self._done = -1
         self._parts: dict[str, Entry] = {}
 
@@ -308,6 +309,19 @@ class Search:
         written = candidate.operator not in ("seed", "tune")
         return written and all(p is None or p.score != candidate.algorithm.score for p in parents)
 
+    def _tried(self, parent: Candidate) -> list[Trial]:
+        """What one more statistic does to a candidate's score, on the probe's text; for who reads prompts."""
+        plan = self.config.search
+        if not (plan.trials and reads_prompts(self.config) and "probe" in plan.fidelities):
+            return []
+        found = trials(parent.algorithm, plan.statistics)
+        algorithms = [parent.algorithm, *(trial.algorithm for trial in found)]
+        if not found:
+            return []
+        here, *there = map(reading, self.screen.measure("probe", algorithms))
+        effects = [None if here is None or value is None else value - here for value in there]
+        return [replace(trial, effect=effect) for trial, effect in zip(found, effects, strict=True)]
+
     # Measuring
 
     def _commit(self, generation: int, candidates: list[Candidate]) -> None:
@@ -437,5 +451,8 @@ class Search:
 def plan_repairs(config: Config) -> int:
     """How many answers of a generation may be repaired; a fixed prompt learns nothing, from errors neither, nor does
     who does not read."""
-    reads = config.generator.kind not in ("grammar", "genetic")
-    return config.search.repairs if reads and config.search.prompt != "fixed" else 0
+    return config.search.repairs if reads_prompts(config) and config.search.prompt != "fixed" else 0
+
+
+def reads_prompts(config: Config) -> bool:
+    return config.generator.kind not in ("grammar", "genetic")

@@ -28,9 +28,9 @@ from autoprune.pipeline.launch import cluster, reserve_places, signals, start_vl
 from autoprune.pipeline.lineage import paired_difference
 from autoprune.pipeline.preparation import pool_plan, prepare_all, settled
 from autoprune.pipeline.progress import ConsoleProgress
-from autoprune.pipeline.wording import algorithm_text
 from autoprune.pipeline.screening import NEW_SLACK, noise, rank_correlation, reading
 from autoprune.pipeline.search import Search
+from autoprune.pipeline.wording import algorithm_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -42,8 +42,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     "genetic": ("generator.kind=genetic", GENETIC),
     "random": ("generator.kind=grammar", "search.prompt=fixed"),
 }
-# Not strategies of their own: GCoT without what keeps it diverse, which `table.md` sets beside it.
+# Not strategies of their own: without one of its parts, which `table.md` sets beside it. GCoT without trials of
+# statistics is what it was before there were any, and without diversity it has none either.
 ABLATIONS: dict[str, tuple[str, ...]] = {
+    "gcot-untried": ("search.trials=false",),
     "gcot-undiverse": ("search.diversity=false",),
     "genetic-undiverse": ("generator.kind=genetic", GENETIC, "search.diversity=false"),
 }

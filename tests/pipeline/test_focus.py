@@ -57,6 +57,18 @@ def test_explorations_are_offered_what_was_hardly_tried(lineage):
     assert sum(count for names, count in found.items() if "x_norm" in names) < 0.2 * found.total()
 
 
+def test_what_promises_more_is_offered_more_often(lineage):
+    rng, found = random.Random(0), Counter()
+    for _ in range(400):
+        promise = {"x_mean": -0.1, "g_rms": 0.1}
+        found[focus(rng, lineage, "mutate", [score("x_norm")], OFFERED, promise)] += 1
+    assert found["x_norm", "x_mean"] > 4 * found["x_norm", "x_std"] > 4 * found["x_norm", "g_rms"] / 2
+    never = focus(
+        random.Random(0), lineage, "mutate", [score("x_norm")], OFFERED, {"x_mean": -1e9, "g_rms": float("inf")}
+    )
+    assert never == ("x_norm", "x_mean"), "no overflow"
+
+
 def test_where_everything_is_read_nothing_more_is_offered(lineage):
     assert set(drawn(lineage, "mutate", OFFERED)) == {OFFERED}
 
