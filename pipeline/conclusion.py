@@ -36,11 +36,11 @@ def conclude(
     pool,
     search: Search,
     hashes: dict[str, str],
-    ui_command: str,
+    ui: tuple[str, str],
     progress: Progress,
 ) -> tuple[list[Path], dict[str, float], str]:
     """Measure seeds and best on the report split, export the best, write the report. Returns artifacts, metrics, and
-    what to say of the whole in Markdown."""
+    what to say of the whole in Markdown. ui: the command that shows MLflow, and the run's address there."""
     best = search.lineage.best()
     rows = [("dense", None), *((c.id.removeprefix("seed-"), c) for c in search.lineage if c.operator == "seed")]
     rows = [(method, c) for method, c in rows if c is None or c.status == "evaluated"] + [("best found", best)]
@@ -123,7 +123,8 @@ def conclude(
         "gpu_seconds": spent.gpu_seconds,
         "best": best.id,
         "model": str(model),
-        "mlflow": ui_command,
+        "mlflow": ui[0],
+        "mlflow_run": ui[1],
         "prune_command": prune_command(config, str(folder / "best.py"), f"pruned-{best.id}"),
         "command": shlex.join(["autoprune", "search", str(folder / CONFIG_FILE), "--set", f"name={config.name}-again"]),
     }

@@ -212,7 +212,9 @@ def _run(
         closing.callback(search.ledger.close)  # answers that were asked for ahead come too late
         search.run()
         pool = pools[config.target.model]
-        artifacts, metrics, note = conclude(config, folder, pool, search, hashes, tracker.ui_command, progress)
+        artifacts, metrics, note = conclude(
+            config, folder, pool, search, hashes, (tracker.ui_command, tracker.run_address), progress
+        )
         ended = "FINISHED"
     except KeyboardInterrupt:
         ended = "KILLED"

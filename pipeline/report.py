@@ -145,4 +145,5 @@ def print_report(folder: Path, console: Console) -> None:
     places |= {"Report": folder / "report.html", "Lineage": folder / "lineage.html", "Run": folder}
     for name, place in places.items():
         console.print(f"{name}: {place.resolve()}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"MLflow: {summary['mlflow']}", markup=False, highlight=False, soft_wrap=True)
+    for line in (f"MLflow: {summary['mlflow']}", f"and there: {summary.get('mlflow_run', '')}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

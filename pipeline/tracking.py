@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SQLITE = "sqlite:///"
+LOCAL_UI = "http://127.0.0.1:5000"
 PARENT_TAG = "mlflow.parentRunId"  # what makes the UI show a run under another
 MEASURED = ("evaluated", "failed", "poison")
 VALUE_LENGTH = 500  # of a parameter or a tag: the limit of older servers
@@ -131,6 +132,12 @@ class MlflowTracker:
         else:
             command = [sys.executable, "-m", "webbrowser", self.uri]
         return shlex.join(command)
+
+    @property
+    def run_address(self) -> str:
+        """Where the UI shows the run: on the server, or on this machine once `ui_command` runs there."""
+        server = LOCAL_UI if self.uri.startswith(SQLITE) else self.uri.rstrip("/")
+        return f"{server}/#/experiments/{self._experiment_id}/runs/{self._run_id}"
 
     # Opening
 

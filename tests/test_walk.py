@@ -6,6 +6,7 @@ One search (the fixture `walk`) is looked at from every side: its table, its lin
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -145,6 +146,52 @@ def test_mlflow_holds_the_lineage(walk):
     (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
     assert parent.info.status == "FINISHED"
     assert len(client.get_metric_history(parent.info.run_id, "best_fitness_nll")) == 3
+
+
+def test_the_mlflow_ui_leads_to_a_candidates_thought(walk, browser, tmp_path):
+    """A person's way in a real browser: experiment, the search's run, its children, the page among its artifacts, a
+    click on a candidate there."""
+    summary = json.loads((walk / "report.json").read_text())
+    lineage = Lineage.from_dict(json.loads((walk / "lineage.json").read_text()))
+    with socket.socket() as probe_socket:
+        probe_socket.bind(("127.0.0.1", 0))
+        port = probe_socket.getsockname()[1]
+    with open(tmp_path / "ui.log", "w") as log:
+        command = [*shlex.split(summary["mlflow"]), "--port", str(port)]
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    page = browser.new_page(viewport={"width": 1500, "height": 950})
+    page.set_default_timeout(120_000)  # MLflow's own script is large
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                page.goto(f"http://127.0.0.1:{port}/#/experiments")
+                break
+            except Exception:
+                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "ui.log").read_text()
+                time.sleep(0.5)
+        page.get_by_text("Model training").first.click()  # of MLflow's two views the one with runs
+        page.get_by_role("link", name="autoprune/smollm2-135m-instruct@60%").first.click()
+        page.get_by_role("link", name="walk", exact=True).first.click()
+        page.get_by_text("Child runs").first.wait_for()
+        best, child = lineage.best(), next(c for c in lineage.evaluated() if c.operator != "seed")
+        page.get_by_role("link", name=child.id).first.wait_for()
+        assert page.url.endswith(summary["mlflow_run"].partition("#")[2])
+        page.get_by_role("tab", name="Artifacts").or_(page.get_by_role("link", name="Artifacts")).first.click()
+        page.get_by_text("lineage.html").first.click()
+        frame = page.locator("iframe").first.element_handle().content_frame()
+        frame.wait_for_function("window.lineage && window.lineage.frames().count > 0")
+        assert best.id in frame.inner_text("h2")
+        x, y = frame.evaluate("id => window.lineage.position(id)", child.id)
+        box = page.locator("iframe").first.bounding_box()
+        page.mouse.click(box["x"] + x, box["y"] + y)
+        frame.get_by_role("heading", name=child.id).wait_for()
+        words = " ".join(child.hypothesis.split())
+        assert words[:60] in " ".join(frame.inner_text("body").split())
+    finally:
+        page.close()
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
 
 
 def test_the_checkpoint_loads_and_measures_as_the_search_said(walk):
