@@ -304,33 +304,64 @@ def wait_for(url, process, seconds=120):
 
 
 def test_the_ui_command_shows_runs_and_artifacts_and_its_server_can_be_the_store(uri, tmp_path, caplog):
+    """A server that is killed in the middle and started again has every candidate once."""
     lineage, tracker = small_lineage(), started(uri, tmp_path)
     track(tracker, lineage)
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [*shlex.split(tracker.ui_command), "--port", str(port)]
-    with open(tmp_path / "server.log", "w") as log:
-        server = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+    servers = []
+
+    def serve():
+        with open(tmp_path / "server.log", "a") as log:
+            servers.append(subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True))
+        # Its first answer from the database takes longest.
+        wait_for(f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name=demo", servers[-1])
+
+    def kill():
+        os.killpg(servers[-1].pid, signal.SIGKILL)
+        servers[-1].wait()
+
+    def children():
+        runs = client.search_runs([client.get_experiment_by_name("remote").experiment_id])
+        return sorted(run.info.run_name for run in runs if "mlflow.parentRunId" in run.data.tags)
+
+    serve()
     try:
-        wait_for(f"{address}/health", server)
         assert b"<html" in urllib.request.urlopen(address).read()
-        client, parent, children = store(address)  # over the REST API
-        assert set(children) == {"seed-wanda", "g1-c0", "g1-c1"}
-        fetched = f"{address}/get-artifact?path=algorithm.py&run_uuid={children['g1-c0'].info.run_id}"
+        client, parent, own = store(address)  # over the REST API
+        assert set(own) == {"seed-wanda", "g1-c0", "g1-c1"}
+        fetched = f"{address}/get-artifact?path=algorithm.py&run_uuid={own['g1-c0'].info.run_id}"
         assert ALGORITHM.score.encode() in urllib.request.urlopen(fetched).read()
 
         remote = MlflowTracker(address, "remote", "second", tmp_path / "second")
         remote.start(CONFIG)
+        remote.candidate(lineage["seed-wanda"], [])
+        kill()
+        before = time.monotonic()
         track(remote, lineage)
-        runs = client.search_runs([client.get_experiment_by_name("remote").experiment_id])
-        (child,) = [run for run in runs if run.info.run_name == "g1-c0"]
+        remote.generation(0, {"best_fitness_nll": 5.0})
+        assert time.monotonic() - before < 10, "the search must not wait for it"
+        assert caplog.text.count("kept, to be tried again") == 1
+        serve()
+        assert children() == ["seed-wanda"]
+        remote.generation(1, {"best_fitness_nll": 4.8})
+        assert children() == ["g1-c0", "g1-c1", "seed-wanda"]
+        track(remote, lineage)  # as a resumed search does
+        assert children() == ["g1-c0", "g1-c1", "seed-wanda"]
+        (child,) = [
+            run
+            for run in client.search_runs([client.get_experiment_by_name("remote").experiment_id])
+            if run.info.run_name == "g1-c0"
+        ]
         assert artifact(client, child, "answer.txt") == "the answer" and child.data.metrics["fitness_nll"] == 4.8
+        history = client.get_metric_history(remote._run_id, "best_fitness_nll")
+        assert sorted((m.step, m.value) for m in history) == [(0, 5.0), (1, 4.8)]
         assert shlex.split(remote.ui_command)[-1] == address
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        kill()
     before = time.monotonic()
-    remote.generation(0, {"best_fitness_nll": 5.0})
+    remote.generation(2, {"best_fitness_nll": 5.0})
     remote.finish("FINISHED", {}, [])
     assert time.monotonic() - before < 5
     assert "misses 2 records" in caplog.text
