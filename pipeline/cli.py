@@ -66,6 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     search.set_defaults(run=_search)
 
+    plan = commands.add_parser("plan", help="say what a search would need, before anything starts")
+    plan.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as evaluators.shards=4")
+    plan.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="of each GPU; 0: on CPUs; default: this machine's"
+    )
+    plan.add_argument("--json", action="store_true", help="as JSON")
+    plan.set_defaults(run=_plan)
+
     compare = commands.add_parser("compare", help="measure known methods side by side, on models and at sparsities")
     compare.add_argument("config", type=Path, metavar="CONFIG.yaml")
     compare.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as sparsities=[0.5,0.6]")
@@ -241,6 +250,24 @@ def _search(options: argparse.Namespace) -> int:
         return 143 if str(stopped) == "SIGTERM" else 130
     _print_report(folder)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    """Exit code 1 where something does not fit."""
+    from dataclasses import asdict
+
+    import torch
+
+    from autoprune.pipeline.config import load_config
+    from autoprune.pipeline.planning import GIB, machine_gib, plan, plan_lines
+
+    memory = options.gpu_memory
+    if memory is None:
+        memory = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 0.0
+    config = load_config(options.config, options.set)
+    found = plan(config, memory, None if memory else machine_gib())
+    print(json.dumps(asdict(found), indent=1) if options.json else "\n".join(plan_lines(found, config)))
+    return 1 if found.problems else 0
 
 
 def _compare(options: argparse.Namespace) -> int:

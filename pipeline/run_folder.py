@@ -12,7 +12,7 @@ from autoprune.models.errors import InputError
 from autoprune.pipeline.checkpoint import Journal, write_atomic
 from autoprune.pipeline.config import FREE, Config, difference, load_config
 from autoprune.pipeline.ledger import JOURNAL
-from autoprune.pipeline.mirror import CONFIG_FILE, fetch
+from autoprune.pipeline.mirror import CHECKPOINT, CONFIG_FILE, fetch
 from autoprune.pipeline.preparation import place_of
 from autoprune.pipeline.status import LOCK
 
@@ -58,7 +58,11 @@ def open_folder(folder: Path, config: Config, resume: bool, held: ExitStack) -> 
             )
         if storage is None:
             held.enter_context(locked(folder))
-        Journal(folder / JOURNAL)  # damage is told now, not after minutes of loading models
+        # Damage is told now, not after minutes of loading models.
+        if not Journal(folder / JOURNAL) and any((folder / CHECKPOINT).glob("generation-*")):
+            raise InputError(
+                f"{folder / JOURNAL} is empty, and there are checkpoints: restore it, or start another run"
+            )
         write_atomic(stored, config.to_yaml().encode())
         return
     if storage is not None and storage.read(CONFIG_FILE) is not None:

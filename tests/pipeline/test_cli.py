@@ -119,11 +119,13 @@ def test_a_damaged_run_is_refused_before_anything_starts(capsys, config, tmp_pat
     resolved = yaml.safe_load(config.read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved))
     (checkpoint / "manifest.json").write_text('{"schema_ver')
-    assert "no valid checkpoint" in refused(capsys, "search", "--resume", folder)
+    assert "journal.jsonl is empty, and there are checkpoints" in refused(capsys, "search", "--resume", folder)
     changed = refused(capsys, "search", config, "--resume", folder, "--set", "target.sparsity=0.5")
     assert "target.sparsity: 0.6 → 0.5" in changed and "evaluators.replicas" in changed
     freely = ("--set", "evaluators.replicas=2", "--set", "budgets.calls=7", "--set", "generator.engines=2")
-    assert "no valid checkpoint" in refused(capsys, "search", config, "--resume", "auto", *freely)
+    assert "journal.jsonl is empty, and there are checkpoints" in refused(
+        capsys, "search", config, "--resume", "auto", *freely
+    )
     with locked(folder):
         assert "another process is searching" in refused(capsys, "search", "--resume", folder)
     assert "exists" in refused(capsys, "search", config)

@@ -1,0 +1,133 @@
+"""How many bytes a model's shards need, told from its configuration alone: nothing is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from autoprune.algorithms.statistics import GRAM_READERS
+from autoprune.models.families import build
+from autoprune.models.layers import block_layers, inside
+from autoprune.models.loading import HUB_ID, load_config, resolve_model
+from autoprune.models.shard import GRADIENT_WINDOWS, PROFILE_WINDOWS, WINDOWS_AT_ONCE
+
+ARCHITECTURES = Path(__file__).parent / "architectures"  # of models that are large to fetch, and well known
+
+
+def known_config(name: str) -> PretrainedConfig:
+    """Of a bundled model, a folder, a model in ARCHITECTURES, or one of the hub, of which only the configuration is
+    fetched. Raises InputError as `resolve_model`."""
+    stored = ARCHITECTURES / f"{name.replace('/', '--')}.json"
+    if stored.is_file():
+        return load_config(stored)
+    if Path(name).expanduser().is_dir() or not HUB_ID.fullmatch(name):
+        return load_config(resolve_model(name))
+    return load_config(name)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on the device of one shard. weights: its blocks, with embedding and head where it holds them. gradients:
+    root mean squares, fp32, where algorithms read them. states: hidden states that are kept or on their way. work: what
+    the largest step takes for a moment. host: in the CPU's memory beside it, at most."""
+
+    weights: int
+    gradients: int
+    states: int
+    work: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.states + self.work
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What shards are to do: windows of every split, calibration first, of `context` tokens, and the statistics that
+    are asked for."""
+
+    context: int
+    windows: tuple[int, ...]
+    statistics: frozenset[str]
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Of a model: bytes of each block, of embedding, head, and what is in every shard; prunable weights of each block;
+    (rows, columns) of its largest matrix; and its widths."""
+
+    blocks: tuple[int, ...]
+    embedding: int
+    head: int
+    tied: bool
+    rest: int
+    prunable: tuple[int, ...]
+    largest: tuple[int, int]
+    hidden: int
+    inner: int
+    vocabulary: int
+    element: int
+
+    @property
+    def parameters(self) -> int:
+        whole = sum(self.blocks) + self.embedding + self.rest + (0 if self.tied else self.head)
+        return whole // self.element
+
+
+def model_sizes(config: PretrainedConfig, name: str, dtype: str) -> ModelSizes:
+    """Raises InputError for a model that cannot be run block by block."""
+    model, _, prefix = build(config, name, getattr(torch, dtype))
+    blocks = model.get_submodule(prefix)
+    text = config.get_text_config()
+    layers = [block_layers(block, config, lambda *_: ()) for block in blocks]
+    ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    sizes = {part: _bytes(module.state_dict().values()) if module is not None else 0 for part, module in ends.items()}
+    outside = [tensor for key, tensor in model.state_dict().items() if not inside(key, prefix)]
+    tied = ends["head"] is not None and ends["head"].weight is ends["embedding"].weight
+    rest = _bytes(outside) - sizes["embedding"] - sizes["head"]
+    shapes = [layer.weight.shape for block in layers for layer in block]
+    return ModelSizes(
+        blocks=tuple(_bytes(block.state_dict().values()) for block in blocks),
+        embedding=sizes["embedding"],
+        head=sizes["head"],
+        tied=tied,
+        rest=max(0, rest),
+        prunable=tuple(sum(layer.weight.numel() for layer in block) for block in layers),
+        largest=max(shapes, key=math.prod),
+        hidden=text.hidden_size,
+        inner=max(max(shape) for shape in shapes),
+        vocabulary=text.vocab_size,
+        element=torch.empty(0, dtype=getattr(torch, dtype)).element_size(),
+    )
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def footprint(sizes: ModelSizes, start: int, stop: int, load: Workload) -> Footprint:
+    """Of the shard with the blocks start … stop − 1."""
+    first, last = start == 0, stop == len(sizes.blocks)
+    weights = sum(sizes.blocks[start:stop]) + sizes.rest
+    weights += sizes.embedding * first + sizes.head * (last and not (first and sizes.tied))
+    window = load.context * sizes.hidden * sizes.element
+    states = 2 * max(load.windows) * window  # what enters a block and what leaves it
+    calibrating = 2 * load.windows[0] * window
+    kept = PROFILE_WINDOWS * len(load.windows) * (stop - start) * load.context * sizes.hidden * 2  # bf16
+    gradients = 0
+    if "g_rms" in load.statistics:
+        gradients = 4 * sum(sizes.prunable[start:stop])
+        calibrating += GRADIENT_WINDOWS * window * (stop - start)  # what entered each block, until it is gone through
+    rows, columns = sizes.largest
+    score = 4 * 4 * rows * columns  # the weight in fp32, its score, what the score is made of, and the mask
+    attention = WINDOWS_AT_ONCE * load.context * (4 * sizes.inner + 8 * sizes.hidden) * sizes.element
+    logits = last * 3 * 4 * load.context * sizes.vocabulary
+    grams = 2 * 4 * columns**2 if load.statistics & GRAM_READERS else 0
+    host = grams + 2 * max(load.windows) * window
+    return Footprint(weights, gradients, max(states, calibrating) + kept, max(score, attention, logits), host)

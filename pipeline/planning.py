@@ -1,0 +1,226 @@
+"""What a search would need before anything starts: memory of each actor, GPUs, tokens, hours, and what does not fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from autoprune.models.footprint import Footprint, ModelSizes, Workload, footprint, known_config, model_sizes
+from autoprune.pipeline.config import SELF, Config
+from autoprune.pipeline.population import seed
+
+GIB = 2**30
+WORKER = 1.5 * GIB  # of the host's memory that a process takes before it holds anything: Python, torch, Ray
+# Rates that hours are told from, of one GPU (an H100, a third of its peak) and of one CPU thread (AVX-512, float32).
+# flops: of forward passes; bandwidth: bytes/s, of which pruning a model once moves PASSES times its weights; tokens:
+# that one engine writes per second, many at a time, with PARAMETERS parameters; it falls as the model grows.
+RATES = {
+    "cuda": {"flops": 3e14, "bandwidth": 2e12, "tokens": 4000.0},
+    "cpu": {"flops": 7e10, "bandwidth": 8e9, "tokens": 200.0},
+}
+PASSES = 10
+PARAMETERS = 1.5e9
+# Of an answer, measured over searches with Qwen2.5-Coder-1.5B: tokens, and measurements that are not on the whole
+# fitness split (the probe in both groups, the cheap windows of those that pass it).
+ANSWER_TOKENS = 100
+PROBES, CHEAP = 2.0, 0.5
+PROBE_SECONDS = 0.2  # of a call that hardly computes
+
+
+@dataclass
+class Plan:
+    """actors: rows of the table: who, how many, its parts in bytes, its total, and what one place has, or None. hours:
+    low and high. problems: what does not fit, a line each."""
+
+    device: str
+    actors: list[dict] = field(default_factory=list)
+    gpus: float = 0.0
+    cpus: float = 0.0
+    host_bytes: int = 0
+    answers: int = 0
+    tokens: tuple[int, int] = (0, 0)
+    evaluations: int = 0
+    hours: tuple[float, float] = (0.0, 0.0)
+    problems: list[str] = field(default_factory=list)
+
+
+def plan(config: Config, gpu_gib: float, host_gib: float | None = None) -> Plan:
+    """What the configuration asks for. gpu_gib: memory of one GPU; 0: everything runs on CPUs. host_gib: memory of the
+    machine, where all actors are on one. Raises InputError for a model that is not known."""
+    device = "cuda" if gpu_gib else "cpu"
+    found, evaluators = Plan(device), config.evaluators
+    read = frozenset(config.search.statistics).union(*(_reads(text) for text in config.search.seeds))
+    data, extra = config.data, config.search
+    windows = (data.calibration_windows, data.fitness_windows, extra.fresh_windows, data.report_windows, 1)
+    load = Workload(data.context, windows, read)
+    models = dict.fromkeys(case.model or config.target.model for case in (config.target, *config.target.further))
+    dtype = config.target.dtype if config.target.dtype != "auto" else "bfloat16" if gpu_gib else "float32"
+    sizes = {model: model_sizes(known_config(model), model, dtype) for model in models}
+    each = evaluators.gpus_per_shard or (1.0 if gpu_gib else 0.0)
+    for model, size in sizes.items():
+        _add_evaluators(found, config, model, size, load, each, gpu_gib)
+    if config.generator.kind == "vllm":
+        _add_engines(found, config, each, gpu_gib, len(models))
+    if gpu_gib:
+        found.gpus = sum(row["count"] * row["gpus"] for row in found.actors)
+    found.cpus = sum(row["count"] * row["cpus"] for row in found.actors)
+    found.host_bytes = int(sum(row["count"] * row["host"] for row in found.actors))
+    if host_gib is not None and found.host_bytes > host_gib * GIB:
+        needed = found.host_bytes / GIB
+        found.problems.append(f"all actors on one machine need {needed:.0f} GiB of memory, and it has {host_gib:.0f}")
+    _count(found, config, sizes[config.target.model])
+    return found
+
+
+def _reads(text: str) -> frozenset[str]:
+    from autoprune.models.masking import needs
+
+    return needs(seed(text).algorithm)
+
+
+def _add_evaluators(
+    found: Plan, config: Config, model: str, sizes: ModelSizes, load: Workload, gpus: float, gpu_gib: float
+) -> None:
+    from autoprune.actors.replica import shard_bounds
+
+    evaluators = config.evaluators
+    blocks = len(sizes.blocks)
+    if evaluators.shards > blocks:
+        found.problems.append(f"evaluators.shards is {evaluators.shards}: {model} has {blocks} blocks")
+        return
+    shards = [footprint(sizes, start, stop, load) for start, stop in shard_bounds(blocks, evaluators.shards)]
+    largest = max(shards, key=lambda one: one.total)
+    room = gpus * gpu_gib * GIB if gpu_gib else None
+    found.actors.append(
+        {
+            "who": f"evaluator shard of {model}",
+            "count": evaluators.shards * evaluators.replicas,
+            "gpus": gpus if gpu_gib else 0.0,
+            "cpus": 0.0 if gpu_gib else float(evaluators.threads),
+            "parts": _parts(largest),
+            "total": largest.total,
+            "room": room,
+            "host": WORKER + largest.host + (0 if gpu_gib else largest.total),
+        }
+    )
+    if room is not None and largest.total > 0.95 * room:
+        fits = next((n for n in range(evaluators.shards, blocks + 1) if _largest(sizes, n, load) <= 0.95 * room), None)
+        advice = f"evaluators.shards={fits} would fit" if fits else "no number of shards fits: take larger GPUs"
+        needed = f"{largest.total / GIB:.0f} GiB of the {room / GIB:.0f} GiB that it has"
+        found.problems.append(f"a shard of {model} needs {needed}: {advice}")
+
+
+def _largest(sizes: ModelSizes, shards: int, load: Workload) -> int:
+    from autoprune.actors.replica import shard_bounds
+
+    return max(footprint(sizes, *bounds, load).total for bounds in shard_bounds(len(sizes.blocks), shards))
+
+
+def _parts(one: Footprint) -> dict[str, int]:
+    return {"weights": one.weights, "gradients": one.gradients, "states": one.states, "work": one.work}
+
+
+def _add_engines(found: Plan, config: Config, each: float, gpu_gib: float, models: int) -> None:
+    writer = config.generator
+    name = config.target.model if writer.model == SELF else writer.model
+    options = known_config(name)
+    sizes = model_sizes(options, name, "bfloat16")
+    text = options.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    sequences = -(-config.search.answers // writer.engines)
+    cache = 2 * 2 * len(sizes.blocks) * heads * width * writer.max_model_len * sequences
+    weights = sizes.parameters * 2
+    gpus = writer.gpus_per_engine or (float(writer.tensor_parallel) if gpu_gib else 0.0)
+    room = 0.9 * gpus * gpu_gib * GIB if gpu_gib else None
+    total = weights + (cache if gpu_gib else writer.kv_cache_gib * GIB)
+    parts = {"weights": weights, "cache": total - weights}
+    row = {"who": f"vLLM engine with {name}", "count": writer.engines, "gpus": gpus, "cpus": 0.0, "parts": parts}
+    host = WORKER * 2 + (0 if gpu_gib else total)
+    found.actors.append(row | {"total": total, "room": room, "host": host, "parameters": sizes.parameters})
+    if room is not None and weights + cache / sequences > room:
+        needed = f"{(weights + cache / sequences) / GIB:.0f} GiB, and it has {room / GIB:.0f}"
+        found.problems.append(f"an engine with {name} needs {needed}: raise generator.tensor_parallel")
+
+
+def _count(found: Plan, config: Config, sizes: ModelSizes) -> None:
+    """Answers, tokens, evaluations and hours: at most what the search may use, and about what it takes."""
+    search, budgets, writer = config.search, config.budgets, config.generator
+    answers = search.generations * search.answers * search.rounds
+    found.answers = min(answers, budgets.calls) if budgets.calls else answers
+    prompts = found.answers * search.prompts // max(1, search.answers)
+    about = prompts * writer.prompt_tokens // 2 + found.answers * ANSWER_TOKENS
+    most = prompts * writer.prompt_tokens + found.answers * writer.max_tokens
+    found.tokens = tuple(min(count, budgets.tokens or count) for count in (about, most))
+    full = len(search.seeds) + search.generations * search.candidates
+    found.evaluations = min(full, budgets.evaluations) if budgets.evaluations else full
+
+    rates, data = RATES[found.device], config.data
+    weights = sum(sizes.blocks)
+    threads = 1 if found.device == "cuda" else config.evaluators.threads
+    shards, replicas = config.evaluators.shards, config.evaluators.replicas
+
+    def seconds(windows: float) -> float:
+        """Of computing for one candidate, over all its shards."""
+        tokens = windows * data.context
+        passes = 2 * sizes.parameters * tokens / (rates["flops"] * threads)
+        return passes + PASSES * weights / rates["bandwidth"] + PROBE_SECONDS
+
+    cases = 1 + len(config.target.further)
+    work = found.evaluations * seconds(data.fitness_windows)
+    work += found.answers * (PROBES * seconds(128 / data.context) + CHEAP * seconds(search.cheap_windows))
+    work += search.generations * search.tuning * seconds(search.cheap_windows)
+    reported = (len(search.seeds) + 1) * seconds(data.report_windows)
+    reported += len(sizes.blocks) * seconds(search.cheap_windows) * search.sensitivity
+    start = 2 * seconds(sum((data.calibration_windows, data.fitness_windows, data.report_windows)))
+    start += 3 * seconds(16) if "g_rms" in search.statistics else 0
+    # Candidates follow one another through the shards, so all shards work, but for the ends of a generation.
+    computing = cases * ((work + reported) / (replicas * shards) + start / shards)
+    engine = next((row for row in found.actors if "parameters" in row), None)
+    writing = 0.0
+    if engine is not None:
+        rate = rates["tokens"] * (PARAMETERS / engine["parameters"]) ** 0.7 * max(1, engine["count"])
+        rate *= max(1, writer.tensor_parallel) ** 0.8
+        if found.device == "cpu":
+            rate = min(rate, 50.0 * (PARAMETERS / engine["parameters"]))
+        writing = found.answers * ANSWER_TOKENS / rate
+    hours = (computing + writing + 120) / 3600
+    found.hours = (hours / 2, hours * 2)
+
+
+def plan_lines(found: Plan, config: Config) -> Iterable[str]:
+    """For people."""
+    yield f"{config.name}: {config.target.model} to {config.target.sparsity:.0%}"
+    for row in found.actors:
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in row["parts"].items() if size)
+        room = f" of {row['room'] / GIB:.0f} GiB" if row["room"] else ""
+        place = f", {row['gpus']:g} GPU each" if row["gpus"] else f", {row['cpus']:g} CPU each" if row["cpus"] else ""
+        yield f"  {row['count']} × {row['who']}{place}: {row['total'] / GIB:.1f} GiB{room} ({parts})"
+    places = f"{found.gpus:g} GPUs" if found.device == "cuda" else f"{found.cpus:g} CPUs"
+    yield (
+        f"needs {places} and {found.host_bytes / GIB:.0f} GiB of memory beside them"
+        if found.device == "cuda"
+        else (f"needs {places} and {found.host_bytes / GIB:.0f} GiB of memory")
+    )
+    low, high = found.tokens
+    tokens = f"about {low:,} tokens, at most {high:,}" if found.answers and high else "no tokens"
+    yield f"at most {found.answers:,} answers ({tokens})"
+    yield f"at most {found.evaluations:,} evaluations on the whole fitness split"
+    yield f"roughly {_hours(found.hours[0])} to {_hours(found.hours[1])}, from rates of {_device(found.device)}"
+    yield from (f"does not fit: {problem}" for problem in found.problems)
+    if not found.problems:
+        yield "everything fits"
+
+
+def _hours(hours: float) -> str:
+    return f"{60 * hours:.0f} min" if hours < 2 else f"{hours:.0f} h"
+
+
+def _device(device: str) -> str:
+    return "an H100" if device == "cuda" else "a CPU with AVX-512"
+
+
+def machine_gib() -> float:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB

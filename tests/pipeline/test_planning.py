@@ -1,0 +1,84 @@
+"""What a plan says of memory is what loading takes; what it says of shipped configurations stands in them."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from autoprune.models.blocks import DecoderRange
+from autoprune.models.footprint import Workload, footprint, known_config, model_sizes
+from autoprune.pipeline.cli import main
+from autoprune.pipeline.config import load_config
+from autoprune.pipeline.planning import plan, plan_lines
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+LARGE = ["llama-2-7b", "llama-3.1-8b", "qwen2.5-7b", "mixtral-8x7b"]
+LOAD = Workload(32, (8, 4), frozenset({"x_norm"}))
+
+
+def loaded_bytes(shard: DecoderRange) -> int:
+    """Of what really lies in memory, a tensor that two names share once."""
+    tensors = [t for t in shard.model.state_dict().values() if not t.is_meta]
+    tensors += [t for block in shard.blocks for t in block.state_dict().values() if not t.is_meta]
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("bounds", [[(0, 4)], [(0, 2), (2, 4)], [(0, 1), (1, 3), (3, 4)]])
+def test_the_weights_of_a_shard_are_what_loading_it_takes(tmp_path, bounds, tie):
+    folder = save_tiny_model(tmp_path / "tiny", tie=tie)
+    sizes = model_sizes(known_config(str(folder)), "tiny", "float32")
+    for start, stop in bounds:
+        shard = DecoderRange(folder, start, stop, torch.float32, torch.device("cpu"))
+        assert footprint(sizes, start, stop, LOAD).weights == pytest.approx(loaded_bytes(shard), rel=0.01)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_shipped_plan_agrees_with_the_whole_model(name):
+    """Of the model on the meta device, made by transformers alone."""
+    config = load_config(CONFIGS / f"{name}.yaml")
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(known_config(config.target.model), dtype=torch.bfloat16)
+    wanted = sum(p.numel() * p.element_size() for p in whole.parameters())
+    sizes = model_sizes(known_config(config.target.model), name, "bfloat16")
+    shards, blocks = config.evaluators.shards, len(sizes.blocks)
+    edges = [blocks * i // shards for i in range(shards + 1)]
+    pairs = zip(edges, edges[1:], strict=False)
+    assert sum(footprint(sizes, *pair, LOAD).weights for pair in pairs) == pytest.approx(wanted, rel=0.2)
+    assert sizes.parameters == pytest.approx(wanted / 2, rel=0.001)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_a_shipped_configuration_says_of_itself_is_what_plan_says(name):
+    path = CONFIGS / f"{name}.yaml"
+    text = path.read_text()
+    variants = re.findall(r"^# (\d+) GPUs?:((?:.*\\\n)*.*)\n((?:#     .*\n)+)", text, re.MULTILINE)
+    assert len(variants) >= 2
+    for gpus, words, said in variants:
+        given = shlex.split(re.sub(r"\\\n#", "", words).replace("as it stands", ""))
+        config = load_config(path, given[1::2])
+        found = plan(config, 80.0)
+        assert found.problems == [] and found.gpus == int(gpus)
+        assert [line[6:] for line in said.splitlines()] == list(plan_lines(found, config))[1:]
+
+
+def test_what_does_not_fit_is_said_with_what_would(capsys):
+    command = ["plan", str(CONFIGS / "mixtral-8x7b.yaml"), "--gpu-memory", "80", "--set", "evaluators.shards=2"]
+    assert main(command) == 1
+    text = capsys.readouterr().out
+    assert "does not fit: a shard of mistralai/Mixtral-8x7B-v0.1 needs" in text
+    needed = int(re.search(r"evaluators.shards=(\d+) would fit", text)[1])
+    assert main([*command[:-1], f"evaluators.shards={needed}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+    assert main([*command[:-1], f"evaluators.shards={needed - 1}"]) == 1
+
+
+def test_a_cpu_is_planned_for_too(capsys):
+    assert main(["plan", str(CONFIGS / "demo.yaml"), "--gpu-memory", "0"]) in (0, 1)
+    text = capsys.readouterr().out
+    assert "2 × evaluator shard of smollm2-135m-instruct, 1 CPU each" in text and "needs 2 CPUs" in text
