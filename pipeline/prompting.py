@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from autoprune.algorithms.grammar import PARTS, WRITTEN_PARTS, answer_grammar
 from autoprune.algorithms.manual import brief
 from autoprune.models.errors import InputError
 from autoprune.pipeline.config import Config
-from autoprune.pipeline.focus import focus
+from autoprune.pipeline.focus import WARMTH, focus
 from autoprune.pipeline.gcot import Count, Messages, Setting, build_prompt, plain_prompt
 from autoprune.pipeline.lessons import lessons
 from autoprune.pipeline.lineage import Candidate, Lineage
@@ -115,7 +116,10 @@ class Prompter:
         task = operator if "score" in parts else f"{operator}_allocate"
         if operator == "mutate":
             choices = [part for part in parts if part != "group"]
+            if "score" in choices and plan.operators.get("tune"):
+                choices = ["score", *choices]  # twice as often: the numbers of an allocation are tuned unasked
             chosen = choices[turn % len(choices)]
+            parents = self._focal(rng, parents) if chosen == "score" and plan.diversity else parents
             asked, task = self._scored if chosen == "score" else (chosen,), f"mutate_{chosen}"
         elif operator == "simplify":
             asked, lines = ("score",), SIMPLE_LINES
@@ -129,6 +133,18 @@ class Prompter:
         told = lessons(self._lineage, self._effect), trial_lines(trials, statistics, TRIALS)
         messages = build_prompt(self._lineage, task, parents, setting, *told)
         return Slot(operator, parents, messages, asked, statistics, lines)
+
+    def _focal(self, rng: random.Random, parents: tuple[str, ...]) -> tuple[str, ...]:
+        """Who is changed where that is a score: of the elites rather one that would be good with one more statistic.
+        Half of what a trial says counts: its text is short."""
+        best = self.elites()
+        effects = [promises(self._tried(candidate)) for candidate in best]
+        if not any(effects):
+            return parents
+        levels = [c.fitness + min(0.0, *own.values(), 0.0) / 2 for c, own in zip(best, effects, strict=True)]
+        chances = [math.exp((min(levels) - level) / WARMTH) for level in levels]
+        (chosen,) = rng.choices(best, chances)
+        return (chosen.id,)
 
     def elites(self) -> list[Candidate]:
         return elites(self._lineage, self._config.search.elites, self._config.search.diversity)

@@ -131,7 +131,9 @@ def test_the_group_that_can_be_measured_is_the_better_one(tmp_path, tiny_model, 
 def test_edges_carry_the_measured_effect(tmp_path, fresh):
     search = finished(tmp_path, fresh)
     edges = search.lineage.graph.edges(data=True)
-    measured = [(p, c, edge) for p, c, edge in edges if search.lineage[c].status == "evaluated"]
+    # A repaired candidate also descends from the broken one.
+    both = [(p, c, edge) for p, c, edge in edges if search.lineage[p].status == search.lineage[c].status]
+    measured = [(p, c, edge) for p, c, edge in both if search.lineage[c].status == "evaluated"]
     assert measured
     for parent, child, edge in measured:
         effect = search.lineage[child].fitness - search.lineage[parent].fitness
@@ -335,6 +337,9 @@ def test_an_answer_that_was_cut_is_mended_or_refused(tmp_path, fresh):
         assert candidate.salvaged == (("cut", "no return") if error is None else ())
 
 
+WITH_TUNE = {"mutate": 1.0, "tune": 0.01}
+
+
 def test_mutations_are_of_allocation_and_score_in_turn(tmp_path, fresh):
     """Also where a generation has a single prompt, or an odd number."""
     config = small_config(tmp_path)
@@ -345,6 +350,11 @@ def test_mutations_are_of_allocation_and_score_in_turn(tmp_path, fresh):
         search.run()
         parts = [slot.parts for generation in range(60) for slot in search.prompter.slots(generation, 0)]
         assert parts.count(("group", "score")) == parts.count(("allocation",)) == 30 * prompts
+    tuned = local_search(tmp_path, fresh, replace(config, name="tuned", search=replace(plan, operators=WITH_TUNE)))
+    tuned.run()
+    parts = [slot.parts for generation in range(60) for slot in tuned.prompter.slots(generation, 0)]
+    scores, numbers = parts.count(("group", "score")), parts.count(("allocation",))
+    assert scores == pytest.approx(2 * numbers, rel=0.2), "numbers are tuned without asking, too"
 
 
 @pytest.mark.parametrize("bounds", [(0, 1, 4), (0, 1, 2, 3, 4)])

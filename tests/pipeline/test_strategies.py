@@ -81,7 +81,7 @@ def test_without_fidelities_everything_new_is_measured_in_full(tmp_path, fresh):
 
 
 @pytest.mark.parametrize(
-    "budget, bound", [("calls", 5), ("tokens", 1), ("evaluations", 5), ("gpu_seconds", 4.0), ("wall_clock", 1e-9)]
+    "budget, bound", [("calls", 5), ("tokens", 1), ("evaluations", 4), ("gpu_seconds", 4.0), ("wall_clock", 1e-9)]
 )
 def test_a_budget_ends_the_search_cleanly_and_a_larger_one_goes_on(tmp_path, fresh, budget, bound):
 
@@ -197,7 +197,7 @@ def test_a_raised_budget_and_a_lost_checkpoint_change_nothing_that_was_done(tmp_
 def test_what_brings_evaluators_down_is_poison_in_every_run(tmp_path, fresh, monkeypatch):
     """Its masks are not tried again, it is told of as a failure, and a resumed search says the same of it."""
     poison = Evaluation(None, 0, error="given up", poison=True, traceback="pid 7")
-    config = with_plan(small_config(tmp_path), operators={"mutate": 1.0, "tune": 1.0})
+    config = with_plan(small_config(tmp_path), operators={"mutate": 1.0, "tune": 1.0}, answers=8)
     real = LocalEvaluator.evaluate
 
     def breaking(self, jobs, split="fitness"):

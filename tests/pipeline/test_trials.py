@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -71,6 +73,24 @@ def test_prompts_tell_what_was_measured(tmp_path, tiny_model):
         assert trial.effect == there.nll - here.nll
     shown = [line for line in told[0].prompt.splitlines() if line.startswith("- S ")]
     assert set(shown) <= {f"- {t.form}: {t.effect:+.3f}" for t in measured if t.effect < 0}
+
+
+def test_the_score_that_is_changed_is_rather_one_that_promises_more(tmp_path, tiny_model, monkeypatch):
+    search = local_search(tmp_path, LocalEvaluator(tiny_model, 0.5))
+    search.run()
+    best = search.prompter.elites()
+    last = best[-1]
+    promise = 2 * (last.fitness - best[0].fitness) + 0.4  # half of it counts
+
+    def tried(candidate):
+        return [made("x_std", -promise if candidate is last else 0.1)]
+
+    monkeypatch.setattr(search.prompter, "_tried", tried)
+    rng = random.Random(0)
+    focal = Counter(search.prompter._focal(rng, ("nobody",)) for _ in range(200))
+    assert focal[(last.id,)] > 150 and ("nobody",) not in focal
+    monkeypatch.setattr(search.prompter, "_tried", lambda _: [])
+    assert search.prompter._focal(rng, ("nobody",)) == ("nobody",)
 
 
 @pytest.mark.parametrize("change", ["off", "no probe", "genetic", "topk"])
