@@ -10,11 +10,12 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from autoprune.algorithms.algorithm import GROUPS, Algorithm, Allocation
+from autoprune.algorithms.given import in_full
 from autoprune.algorithms.grammar import PARTS
 from autoprune.algorithms.language import parse
 from autoprune.algorithms.operations import OPERATIONS
@@ -267,7 +268,7 @@ def _returning(lines: list[str], function: ast.FunctionDef) -> str:
     return "\n".join([*lines, " " * function.body[0].col_offset + f"return {name}"])
 
 
-def _mended(definition: _Definition, cut: bool) -> tuple[str, list[str]]:
+def _mended(definition: _Definition, cut: bool, given: Mapping[str, str]) -> tuple[str, list[str]]:
     """The canonical text of a function, and what it needed. cut: its last line is not known to be whole."""
     name, lines = definition.name, definition.source.split("\n")
     if cut:
@@ -275,16 +276,20 @@ def _mended(definition: _Definition, cut: bool) -> tuple[str, list[str]]:
     function, trimmed = _whole(lines, name, definition.last)
     salvaged = ["cut"] * (cut or trimmed)
     if isinstance(function.body[-1], ast.Return):
-        return canonical("\n".join(lines[: function.body[-1].end_lineno]))[name].text, salvaged
-    return canonical(_returning(lines, function))[name].text, [*salvaged, "no return"]
+        whole = "\n".join(lines[: function.body[-1].end_lineno])
+    else:
+        whole, salvaged = _returning(lines, function), [*salvaged, "no return"]
+    return canonical(in_full(whole, given) if given else whole)[name].text, salvaged
 
 
-def _read(name: str, definitions: list[_Definition], cut: bool) -> tuple[str, list[str]]:
+def _read(
+    name: str, definitions: list[_Definition], cut: bool, given: Mapping[str, str] | None = None
+) -> tuple[str, list[str]]:
     """The last function of the name that can be read: what stands before it was quoted or thought better of."""
     error = LanguageError(f"the answer holds no line `{FORMS[name]}`; it was cut, or the function never written")
     for place, definition in enumerate(reversed([d for d in definitions if d.name == name])):
         try:
-            return _mended(definition, cut and definition.last)
+            return _mended(definition, cut and definition.last, given or {})
         except LanguageError as refusal:
             error = refusal if place == 0 else error
     raise error
@@ -296,6 +301,7 @@ def parse_answer(
     parent: Algorithm = NOBODY,
     statistics: Collection[str] = DEFAULT_STATISTICS,
     cut: bool = False,
+    given: Mapping[str, str] | None = None,
 ) -> Proposal:
     """Read an answer of the form that `grammar.answer_grammar` enforces, and less orderly ones.
 
@@ -305,6 +311,7 @@ def parse_answer(
     one name the last that can be read counts. A function without a return returns its last expression, or its last
     local that can be a score; one that was cut ends with its last whole statement. statistics: those that the score may
     read; one that is only listed as a parameter does no harm. cut: the answer ended at the token limit.
+    given: scores that the answer may build on, by name (see `algorithms.given`).
     Raises LanguageError where a part is missing, where nothing of it is left, where it is outside the language, or
     where it reads a statistic that is not offered.
     """
@@ -317,7 +324,7 @@ def parse_answer(
         lines, salvaged = lines[:-1], [*salvaged, "cut"]
     outside, algorithm = "\n".join(lines), parent
     if "score" in parts:
-        score, mended = _read("score", definitions, cut)
+        score, mended = _read("score", definitions, cut, given)
         missing = [name for name in parse(score).reads if name not in statistics]
         if missing:
             offered = ", ".join(("W", *statistics))

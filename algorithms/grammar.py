@@ -33,6 +33,8 @@ MARKED_FACTOR, MARKED_EXPONENT = "tune(0.7, 0.1, 4)", "tune(0.7, 0.25, 3)"
 
 # Types that a local of a score may have.
 LOCALS = "mrc"
+# What stands for the scores of parents (see `algorithms.given`).
+GIVEN = ("S", "T")
 # What an allocation returns: above 0, whatever the operand is, short of an overflow.
 RETENTIONS = (
     "1 + {k} * {u}",
@@ -125,7 +127,7 @@ PARTS = ("group", "allocation", "score")
 WRITTEN_PARTS = ("group", "allocate", "score")
 
 
-def _shared_rules(max_locals: int, parts: tuple[str, ...], statistics: tuple[str, ...]) -> Rules:
+def _shared_rules(max_locals: int, parts: tuple[str, ...], statistics: tuple[str, ...], given: int) -> Rules:
     root: tuple[Item, ...] = ("Diagnosis: ", Ref("sentence"), "\nHypothesis: ", Ref("sentence"))
     if "group" in parts:
         root += ("\nGroup: ", Ref("group"))
@@ -135,7 +137,8 @@ def _shared_rules(max_locals: int, parts: tuple[str, ...], statistics: tuple[str
     if "allocate" in parts:
         root += ("\ndef allocate(profile, sparsity):", Ref("allocate0"))
     if "score" in parts:
-        root += (f"\ndef score({', '.join(('W', *statistics))}):", Ref("body000m"))
+        lines = "".join(f"\n    m{place} = {name}" for place, name in enumerate(GIVEN[:given]))
+        root += (f"\ndef score({', '.join(('W', *statistics))}):{lines}", Ref(f"body{given}00m"))
     rules: Rules = {
         "root": (root,),
         "sentence": ((Words(4, 15, 18),),),
@@ -149,7 +152,9 @@ def _shared_rules(max_locals: int, parts: tuple[str, ...], statistics: tuple[str
         "q": _choice(SHARES),
     }
     for kind, count in itertools.product(LOCALS, range(max_locals + 1)):
-        atoms = WEIGHTS if kind == "m" else _atoms(kind, statistics)
+        # Where scores are given, everything is built on them, or they would be left aside.
+        weights = () if given else WEIGHTS
+        atoms = weights if kind == "m" else _atoms(kind, statistics)
         names = atoms + tuple(f"{kind}{i}" for i in range(count))
         if names:
             rules[f"name-{kind}{count}"] = tuple((name,) for name in names)
@@ -264,10 +269,13 @@ def _allocate_rules(max_locals: int, summaries: tuple[str, ...]) -> Rules:
 
 
 def answer_rules(
-    max_locals: int = 3, parts: tuple[str, ...] = PARTS, statistics: tuple[str, ...] = DEFAULT_STATISTICS
+    max_locals: int = 3,
+    parts: tuple[str, ...] = PARTS,
+    statistics: tuple[str, ...] = DEFAULT_STATISTICS,
+    given: int = 0,
 ) -> Rules:
     """The grammar as data: each rule's alternatives, each a sequence of literals, references and words."""
-    rules = _shared_rules(max_locals, parts, statistics) | _allocate_rules(max_locals, tuple(SUMMARIES))
+    rules = _shared_rules(max_locals, parts, statistics, given) | _allocate_rules(max_locals, tuple(SUMMARIES))
     for state in itertools.product(range(max_locals + 1), repeat=len(LOCALS)):
         if sum(state) <= max_locals:
             rules |= _state_rules(state, max_locals, statistics)
@@ -291,18 +299,22 @@ def _gbnf(item: Item) -> str:
 
 @functools.cache
 def answer_grammar(
-    max_locals: int = 3, parts: tuple[str, ...] = PARTS, statistics: tuple[str, ...] = DEFAULT_STATISTICS
+    max_locals: int = 3,
+    parts: tuple[str, ...] = PARTS,
+    statistics: tuple[str, ...] = DEFAULT_STATISTICS,
+    given: int = 0,
 ) -> str:
     """GBNF text of the whole answer, as `answers.parse_answer` reads it; starts at `root`.
 
     max_locals: how many lines may stand above a return, 0 to 9. parts: which of PARTS, or of WRITTEN_PARTS, the
     answer holds; the others stay as they are. statistics: names in STATISTICS that the score
-    may read, in the order of its parameters.
+    may read, in the order of its parameters. given: how many of the names in GIVEN the score begins with, each a
+    line; the weights themselves are not read then.
     """
-    if not 0 <= max_locals <= 9:
-        raise ValueError(f"max_locals is {max_locals}, expected 0 to 9")
+    if not given <= max_locals <= 9:
+        raise ValueError(f"max_locals is {max_locals}, expected {given} to 9")
     lines = (
         f"{name} ::= " + " | ".join(" ".join(map(_gbnf, alternative)) for alternative in alternatives)
-        for name, alternatives in answer_rules(max_locals, parts, statistics).items()
+        for name, alternatives in answer_rules(max_locals, parts, statistics, given).items()
     )
     return "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from autoprune.actors.messages import Messages
 from autoprune.algorithms.answers import sdsa_bounds
-from autoprune.algorithms.grammar import PARTS
+from autoprune.algorithms.grammar import GIVEN, PARTS
 from autoprune.algorithms.rules import DEFAULTS
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS, SUMMARIES
 from autoprune.algorithms.written import WRITTEN_ALLOCATIONS
@@ -45,6 +45,7 @@ class Setting:
     names in STATISTICS that the answer is told of. diverse: whether prompts name what exists and what failed. cases:
     where fitness is of several models or sparsities, what they are; combine: what is made of them. count: tokens of a
     prompt; limit: how many it may have, and repair: how many more where an answer and its error are in it.
+    given: how many of the parents' scores the answer builds on by name (see `algorithms.given`).
     """
 
     dense: float
@@ -57,6 +58,7 @@ class Setting:
     cases: tuple[str, ...] = ()
     combine: str = ""
     repair: int = 0
+    given: int = 0
 
 
 @functools.cache
@@ -85,6 +87,7 @@ def build_prompt(
     known = lineage.evaluated()[:KNOWN_LIMIT] if setting.diverse else []
     failures = lineage.failures(parents[0])[-FAILURE_LIMIT:] if setting.diverse else []
     lessons, trials = list(lessons), list(trials)
+    tasks = [task, *([f"given{setting.given}"] if setting.given else [])]
     while True:
         numbers = {candidate.id: number for number, candidate in enumerate(steps, start=1)}
         focal, partner = numbers[parents[0]], numbers[parents[-1]]
@@ -97,7 +100,7 @@ def build_prompt(
             _lines(["How we got here:", *(_step(lineage, c, numbers, setting) for c in steps)]),
             _section("trials", trials, focal=focal),
             _section("failures", [_failure(lineage, parents[0], c) for c in failures], focal=focal),
-            _lines([template(task).format(focal=focal, partner=partner), template("order")]),
+            _lines([*(template(name).format(focal=focal, partner=partner) for name in tasks), template("order")]),
         ]
         messages = (("system", system), ("user", "\n\n".join(filter(None, sections))))
         old = next((candidate for candidate in steps if candidate.id not in parents), None)
@@ -163,6 +166,8 @@ def _system(setting: Setting) -> str:
     elif "allocate" in setting.parts:
         summaries = _lines(f"profile.{name}: {description}." for name, description in SUMMARIES.items())
         allocation = template("allocation_written").format(summaries=summaries)
+    lines = "".join(f"\n    m{place} = {name}" for place, name in enumerate(GIVEN[: setting.given]))
+    forms["score"] = forms["score"].replace(":\n    m0 = <expression>", f":{lines}") if lines else forms["score"]
     if "score" not in setting.parts:
         allocation += "\n" + template("score_given")
     form = _lines(forms[part] for part in setting.parts).format(parameters=", ".join(("W", *setting.statistics)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from autoprune.actors.messages import Request
 from autoprune.algorithms.constants import constants
+from autoprune.algorithms.given import givens
 from autoprune.algorithms.grammar import PARTS, WRITTEN_PARTS, answer_grammar
 from autoprune.algorithms.manual import brief
 from autoprune.models.errors import InputError
@@ -38,6 +39,7 @@ class Slot:
     parts: tuple[str, ...]
     statistics: tuple[str, ...] = ()
     lines: int = LINES
+    given: int = 0
 
     @property
     def text(self) -> str:
@@ -129,10 +131,21 @@ class Prompter:
                 trials = self._tried(self._lineage[parents[0]])
             algorithms = [self._lineage[parent].algorithm for parent in parents]
             statistics = focus(rng, self._lineage, operator, algorithms, statistics, promises(trials))
-        setting = replace(self.setting, statistics=statistics)
+        given = self._given(operator, asked, parents)
+        setting = replace(self.setting, statistics=statistics, given=given)
         told = lessons(self._lineage, self._effect), trial_lines(trials, statistics, TRIALS)
         messages = build_prompt(self._lineage, task, parents, setting, *told)
-        return Slot(operator, parents, messages, asked, statistics, lines)
+        return Slot(operator, parents, messages, asked, statistics, max(lines, given), given)
+
+    def _given(self, operator: str, asked: tuple[str, ...], parents: tuple[str, ...]) -> int:
+        """How many parents' scores the answer may build on: for who reads, where scores are changed or joined."""
+        count = {"mutate": 1, "crossover": 2}.get(operator, 0)
+        if "score" not in asked or not reads_prompts(self._config):
+            return 0
+        return count if len(givens(*self._scores(parents[:count]))) == count else 0
+
+    def _scores(self, names: Sequence[str]) -> list[str]:
+        return [self._lineage[name].algorithm.score for name in names]
 
     def _focal(self, rng: random.Random, parents: tuple[str, ...]) -> tuple[str, ...]:
         """Who is changed where that is a score: of the elites rather one that would be good with one more statistic.
@@ -185,7 +198,7 @@ class Prompter:
             n=count,
             temperature=writer.temperature + writer.heat * round_,
             max_tokens=writer.max_tokens,
-            grammar=answer_grammar(slot.lines, slot.parts, slot.statistics),
+            grammar=answer_grammar(slot.lines, slot.parts, slot.statistics, slot.given),
             brief=brief("allocate" in slot.parts),
             offset=offset,
             parts=slot.parts,
@@ -202,3 +215,8 @@ class Prompter:
                 f"the shortest prompt has {tokens} tokens, and generator.max_model_len − max_tokens leaves {room}: "
                 "raise max_model_len, or lower max_tokens or the number of search.statistics"
             )
+
+
+def reads_prompts(config: Config) -> bool:
+    """Whether who writes reads what it is asked."""
+    return config.generator.kind not in ("grammar", "genetic")

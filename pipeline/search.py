@@ -19,6 +19,7 @@ from autoprune.actors.messages import Answer, Evaluation, Request
 from autoprune.algorithms.algorithm import GROUPS, Algorithm
 from autoprune.algorithms.answers import parse_answer
 from autoprune.algorithms.constants import fill
+from autoprune.algorithms.given import givens
 from autoprune.algorithms.translator import LanguageError
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
@@ -36,7 +37,7 @@ from autoprune.pipeline.ledger import FRESH, FULL, REPORT, Evaluator, Generator,
 from autoprune.pipeline.lineage import STATUSES, Candidate, Lineage, checkpointed, json_lines
 from autoprune.pipeline.mirror import CHECKPOINT, Mirror
 from autoprune.pipeline.population import seed
-from autoprune.pipeline.prompting import Prompter, Slot
+from autoprune.pipeline.prompting import Prompter, Slot, reads_prompts
 from autoprune.pipeline.screening import Screen, reading, subset_nll
 from autoprune.pipeline.trials import Trial, trials
 
@@ -213,7 +214,8 @@ class Search:
         parent = self.lineage[slot.parents[0]].algorithm
         offered, cut = self.config.search.statistics, answer.finish_reason == "length"
         try:
-            proposal = parse_answer(answer.text, slot.parts, parent, offered, cut)
+            given = givens(*(self.lineage[name].algorithm.score for name in slot.parents[: slot.given]))
+            proposal = parse_answer(answer.text, slot.parts, parent, offered, cut, given)
         except LanguageError as error:
             candidate.status, candidate.error = "invalid", str(error)
             return candidate
@@ -452,7 +454,3 @@ def plan_repairs(config: Config) -> int:
     """How many answers of a generation may be repaired; a fixed prompt learns nothing, from errors neither, nor does
     who does not read."""
     return config.search.repairs if reads_prompts(config) and config.search.prompt != "fixed" else 0
-
-
-def reads_prompts(config: Config) -> bool:
-    return config.generator.kind not in ("grammar", "genetic")

@@ -10,7 +10,9 @@ import pytest
 import torch
 from local import LocalEvaluator, local_search, small_config, without_clock
 
+from autoprune.actors.messages import Answer
 from autoprune.algorithms.algorithm import Algorithm
+from autoprune.algorithms.given import givens, in_full
 from autoprune.algorithms.language import parse
 from autoprune.algorithms.scores import BASELINES
 from autoprune.algorithms.vocabulary import STATISTICS
@@ -123,3 +125,25 @@ def test_a_search_with_trials_that_is_stopped_goes_on_the_same(tmp_path, tiny_mo
         again.run()
         assert without_clock(again.lineage) == without_clock(whole.lineage) and len(evaluator.measured) == total
     assert math.isfinite(json.loads((whole.folder / "lineage.json").read_text())["candidates"][0]["evaluation"]["nll"])
+
+
+def test_answers_build_on_the_scores_of_their_parents_by_name(tmp_path, tiny_model):
+    """Who reads is given them, wherever a score is changed or two are joined; who does not read is not."""
+    plan = {"operators": {"mutate": 1.0, "crossover": 1.0}, "design": "score"}
+    search = local_search(tmp_path, LocalEvaluator(tiny_model, 0.5), with_plan(small_config(tmp_path), **plan))
+    search.run()
+    slots = [slot for generation in range(20) for slot in search.prompter.slots(generation, 0)]
+    assert {slot.operator: slot.given for slot in slots} == {"mutate": 1, "crossover": 2}
+    for slot in slots:
+        words, grammar = slot.text, search.prompter.request(slot, 1, 0, 0).grammar
+        starts = "    m0 = S" + "\n    m1 = T" * (slot.given - 1)
+        assert starts in words and starts.replace("\n", "\\n") in grammar
+        assert "In the answer S is what step" in words and ("T what step" in words) == (slot.given == 2)
+        parents = [search.lineage[name].algorithm.score for name in slot.parents]
+        answer = Answer(f"def score(W, x_norm):\n{starts}\n    return m0 * x_norm\n")
+        candidate = search.read("new", 1, slot, answer)
+        assert candidate.algorithm.score == parse(in_full(answer.text, givens(*parents))).source
+    genetic = replace(search.config, generator=replace(search.config.generator, kind="genetic"), name="other")
+    other = local_search(tmp_path, search.evaluator, genetic)
+    other.run()
+    assert all(slot.given == 0 for generation in range(10) for slot in other.prompter.slots(generation, 0))
