@@ -41,7 +41,7 @@ class OpenAIGenerator:
         self.model = model
         self.grammar = True
         key = os.environ.get(api_key_variable) or "none"
-        self._client = openai.OpenAI(base_url=base_url, api_key=key, timeout=deadline, max_retries=2)
+        self._client = openai.OpenAI(base_url=base_url, api_key=key, timeout=deadline, max_retries=0)
         try:
             served = [entry.id for entry in self._client.with_options(timeout=10, max_retries=0).models.list()]
         except openai.APIConnectionError:
@@ -86,7 +86,11 @@ class OpenAIGenerator:
         while True:
             try:
                 return self._ask(request, with_grammar=self.grammar)
-            except (self._openai.APIConnectionError, self._openai.InternalServerError) as error:
+            except (
+                self._openai.APIConnectionError,
+                self._openai.InternalServerError,
+                self._openai.RateLimitError,
+            ) as error:
                 if time.monotonic() - began + pause > PATIENCE:
                     raise
                 self._report(f"{self._client.base_url} does not answer ({last_line(error)}): asking again")

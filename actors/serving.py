@@ -136,7 +136,7 @@ class VllmGenerator:
         import ray
 
         try:
-            ray.get(self._started)
+            ray.get(self._started, timeout=self._deadline)
         except ray.exceptions.RayError as error:
             raise InputError(f"vLLM cannot serve {self.model} ({last_line(error)}): check generator.*") from error
 
@@ -169,7 +169,7 @@ class VllmGenerator:
 
         for call in [getattr(actor, method).remote() for actor in self._actors] if self._sleeps else []:
             with contextlib.suppress(ray.exceptions.RayError):  # the requests that follow say whose end it was
-                ray.get(call)
+                ray.get(call, timeout=self._deadline)
 
     def _replace(self, number: int, error: Exception) -> None:
         """Make an engine anew and wait until it serves."""
@@ -184,7 +184,7 @@ class VllmGenerator:
         ray.kill(self._actors[number])
         self._actors[number], self._started[number] = self._make(number)
         try:
-            ray.get(self._started[number])
+            ray.get(self._started[number], timeout=self._deadline)
         except ray.exceptions.RayError as trouble:
             self._replace(number, trouble)
 

@@ -25,7 +25,8 @@ SYMBOLS = {
     "g_rms": r"G_{ij}",
 }
 INDEX = {"m": "ij", "r": "j", "c": "i", "o": "i", "u": "b", "s": ""}  # of each type of value; "o" is [out]
-SUM, PRODUCT, SIGN, ATOM = range(4)  # how tightly a text holds together
+ORDER, SUM, PRODUCT, SIGN, ATOM = range(5)  # how tightly a text holds together
+LONGEST = 120  # characters of a text that stands in another: what is longer has a line and a name of its own
 FUNCTIONS = {"tanh": r"\tanh", "exp": r"\exp", "log": r"\ln", "sigmoid": r"\mathrm{sigmoid}", "sign": r"\mathrm{sign}"}
 REDUCTIONS = {
     "mean": r"\mathrm{mean}",
@@ -46,6 +47,7 @@ class _Value:
     text: str
     tightness: int
     type: str  # as `algorithms.operations` has them, and "o": [out]
+    half: bool = False  # whether it is the number 0.5
 
     def within(self, tightness: int) -> str:
         """In brackets where it holds together less tightly than its place asks."""
@@ -63,7 +65,7 @@ def score_formula(source: str) -> list[str]:
 def allocation_formula(allocation: Allocation) -> list[str]:
     """Lines of LaTeX for an allocation that is a function, or SDSA's with its numbers; none for others."""
     if allocation.source:
-        return _lines(canonical(allocation.source)["allocate"].text, r"r_b \propto".removesuffix(" "))
+        return _lines(canonical(allocation.source)["allocate"].text, r"r_b \propto")
     return [_sdsa(DEFAULTS["sdsa"] | allocation.parameters)] if allocation.name == "sdsa" else []
 
 
@@ -85,6 +87,13 @@ def _sdsa(parameters: dict[str, float]) -> str:
 
 def _lines(text: str, name: str) -> list[str]:
     """name: of what the function returns, left of the sign."""
+    try:
+        return _written(text, name)
+    except _Unwritten:
+        return []
+
+
+def _written(text: str, name: str) -> list[str]:
     body = ast.parse(text).body[0].body
     if any(isinstance(statement, ast.For) for statement in body):
         return []
@@ -95,7 +104,8 @@ def _lines(text: str, name: str) -> list[str]:
     uses, writer, lines = Counter(loads), _Writer(), []
     for statement in body[:-1]:
         local, value = statement.targets[0].id, writer.write(statement.value)
-        if uses[local] > 1 and value.text.strip() and not isinstance(statement.value, ast.Name):
+        named = uses[local] > 1 or len(value.text) > LONGEST
+        if named and not isinstance(statement.value, ast.Name):
             index = f",{INDEX[value.type]}" if INDEX[value.type] else ""
             symbol = rf"v_{{{local[1:]}{index}}}"
             lines.append(f"{symbol} = {value.text}")
@@ -103,6 +113,10 @@ def _lines(text: str, name: str) -> list[str]:
         writer.locals[local] = value
     relation = "" if name.endswith("propto") else " ="
     return [*lines, f"{name}{relation} {writer.write(body[-1].value).text}"]
+
+
+class _Unwritten(Exception):
+    """Something for which there is no formula."""
 
 
 def _number(value: float) -> str:
@@ -124,7 +138,7 @@ class _Writer:
             case ast.Name(id=name):
                 return self._name(name)
             case ast.Constant(value=value):
-                return _Value(_number(value), PRODUCT if "cdot" in _number(value) else ATOM, "s")
+                return _Value(_number(value), PRODUCT if "cdot" in _number(value) else ATOM, "s", value == 0.5)
             case ast.Attribute(attr=name):
                 return _Value(rf"\mathrm{{{name.replace('_', ' ')}}}_b".replace(" ", r"\ "), ATOM, "u")
             case ast.UnaryOp(operand=operand):
@@ -134,7 +148,8 @@ class _Writer:
                 return self._operator(op, self.write(left), self.write(right))
             case ast.Compare(left=left, ops=[op], comparators=[right]):
                 one, other = self.write(left), self.write(right)
-                return _Value(f"{one.text} {SIGNS[type(op)]} {other.text}", SUM, _wider(one.type, other.type))
+                text = f"{one.within(SUM)} {SIGNS[type(op)]} {other.within(SUM)}"
+                return _Value(text, ORDER, _wider(one.type, other.type))
             case ast.Subscript(value=value, slice=index):
                 return self._reshaped(self.write(value), ast.unparse(index))
             case ast.Call(func=ast.Name("tune"), args=[value, *_]):
@@ -156,9 +171,9 @@ class _Writer:
         kind = _wider(left.type, right.type)
         match op:
             case ast.Add():
-                return _Value(f"{left.text} + {right.within(PRODUCT)}", SUM, kind)
+                return _Value(f"{left.within(SUM)} + {right.within(PRODUCT)}", SUM, kind)
             case ast.Sub():
-                return _Value(f"{left.text} - {right.within(PRODUCT)}", SUM, kind)
+                return _Value(f"{left.within(SUM)} - {right.within(PRODUCT)}", SUM, kind)
             case ast.Mult():
                 if right.text[:1].isdigit() and not left.text[:1].isdigit():
                     left, right = right, left  # a number that is marked to be tuned stands where it was written
@@ -174,13 +189,16 @@ class _Writer:
 
     def _power(self, base: _Value, exponent: _Value) -> _Value:
         kind = _wider(base.type, exponent.type)
-        if exponent.text == "0.5":
+        if exponent.half:
             return _Value(rf"\sqrt{{{base.text}}}", ATOM, kind)
         plain = base.tightness == ATOM and "^" not in base.text and not base.text.startswith(r"\mathrm")
         return _Value(rf"{base.text if plain else base.within(ATOM + 1)}^{{{exponent.text}}}", SIGN, kind)
 
     def _reshaped(self, value: _Value, index: str) -> _Value:
-        return _Value(value.text, value.tightness, {"(:, None)": "c", "(None, :)": "r"}.get(index, value.type))
+        types = {"(:, None)": "c", "(None, :)": "r", ":": value.type}
+        if index not in types:
+            raise _Unwritten  # some of the numbers: no letter says which
+        return _Value(value.text, value.tightness, types[index])
 
     def _function(self, name: str, values: list[_Value]) -> _Value:
         kind = "s"
@@ -194,6 +212,8 @@ class _Writer:
     def _method(self, name: str, node: ast.expr, arguments: list[ast.expr], named: dict[str, ast.expr]) -> _Value:
         ranks = name == "argsort" and isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
         if ranks and node.func.attr == "argsort":  # twice: ranks
+            if ast.unparse(named["dim"]) != ast.unparse(next(k.value for k in node.keywords if k.arg == "dim")):
+                raise _Unwritten
             value = self.write(node.func.value)
             over = self._over(value.type, named)
             return _Value(rf"\mathrm{{rank}}_{{{over}}}\left({value.text}\right)", ATOM, value.type)
@@ -245,7 +265,8 @@ class _Writer:
             below = f"{over}, {self.write(named['p']).text}"
         kept = ast.literal_eval(named["keepdim"]) if "keepdim" in named else False
         left = {"ij": "s", "i": "r", "j": "c" if kept else "o"}[over] if value.type == "m" else "s"
-        return _Value(rf"{REDUCTIONS[name]}_{{{below}}}\left({value.text}\right)", ATOM, left)
+        # A sum takes in whatever follows it.
+        return _Value(rf"{REDUCTIONS[name]}_{{{below}}}\left({value.text}\right)", SUM if name == "sum" else ATOM, left)
 
 
 def _wider(one: str, other: str) -> str:

@@ -19,6 +19,8 @@ from autoprune.pipeline.lineage import Candidate, Lineage, checkpointed
 from autoprune.pipeline.mirror import CHECKPOINT
 from autoprune.pipeline.wording import algorithm_text, difference_text, measured_text, perplexity_text, plain
 
+OPERATORS = ("seed", "explore", "mutate", "crossover", "simplify", "tune", "repair", "improve", "sample")
+VERDICTS = ("confirmed", "refuted", "inconclusive")
 BEST = "best"  # stands for the id of the best candidate
 
 

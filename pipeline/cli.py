@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"autoprune: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read it has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno is None:
             raise
@@ -258,10 +261,13 @@ def _plan(options: argparse.Namespace) -> int:
 
     import torch
 
+    from autoprune.models.errors import InputError
     from autoprune.pipeline.config import load_config
     from autoprune.pipeline.planning import GIB, machine_gib, plan, plan_lines
 
     memory = options.gpu_memory
+    if memory is not None and memory < 0:
+        raise InputError(f"--gpu-memory is {memory:g}: expected 0 or more GiB")
     if memory is None:
         memory = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 0.0
     config = load_config(options.config, options.set)
@@ -459,12 +465,30 @@ def _lineage(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from autoprune.models.errors import InputError
-    from autoprune.pipeline.asking import chosen, facts, find, reasoning, reasoning_lines, stored_lineage, table
+    from autoprune.pipeline.asking import (
+        OPERATORS,
+        VERDICTS,
+        chosen,
+        facts,
+        find,
+        reasoning,
+        reasoning_lines,
+        stored_lineage,
+        table,
+    )
+    from autoprune.pipeline.config import one_of
+    from autoprune.pipeline.lineage import STATUSES
 
     folder = _run_folder(options.folder)
     lineage = stored_lineage(folder)
     filters = options.operator, options.status, options.verdict
+    kinds = (OPERATORS, STATUSES, VERDICTS)
+    for name, value, known in zip(("operator", "status", "verdict"), filters, kinds, strict=True):
+        if value is not None:
+            one_of(f"--{name}", value, known)
     if options.html is not None:
+        if options.of or options.json or any(filters):
+            raise InputError("--html writes the whole graph: leave out the other options")
         from autoprune.pipeline.checkpoint import write_atomic
         from autoprune.pipeline.lineage_page import lineage_html
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -129,7 +130,8 @@ def conclude(
         "command": shlex.join(["autoprune", "search", str(folder / CONFIG_FILE), "--set", f"name={config.name}-again"]),
     }
     artifacts = write_report(folder, search.lineage, summary)
-    metrics = {f"report_nll.{metric_name(row['method'])}": row["report_nll"] for row in table}
+    reports = {metric_name(row["method"]): row["report_nll"] for row in table}
+    metrics = {f"report_nll.{name}": nll for name, nll in reports.items() if nll is not None}
     note = (
         f"{result_text(summary, best.id)}\n\nThe whole graph, and the report, are among the artifacts: `lineage.html`, "
     )
@@ -145,6 +147,7 @@ def _gain(rows: list[tuple], measured: list[tuple[Evaluation, Evaluation]]) -> d
         return {"rival": None}
     rival, evaluation = min(baselines, key=lambda pair: pair[1].nll)
     nats, error = paired_difference(best, evaluation)
+    error = error if math.isfinite(error) else None
     return {"rival": rival, "nats": nats, "error": error, "windows": len(best.window_nlls)}
 
 

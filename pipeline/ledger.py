@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Protocol
 
 from autoprune.actors.aside import Aside
 from autoprune.actors.messages import Answer, Evaluation, Messages, Probe, Request
@@ -101,22 +101,29 @@ class Ledger:
         self._places: dict[tuple, int] = {}
         self._ahead: dict[tuple[int, int, str], Aside] = {}
         self._writing, self._closed = threading.Lock(), False
+        self._poisoned: dict[str, int] = {}  # places of records that have a traceback, by algorithm
         for place, record in enumerate(self._journal):
-            self._places[_name(record)] = place
+            self._index(place, record)
 
-    def begin(self, now: Sequence[float], texts: Mapping[str, str]) -> None:
-        """Note what the dense models measure on the windows of the fitness split, and the sha256 of the texts; raises
-        InputError where they were others when the journal was begun, since measurements of other texts, weights or
-        arithmetic are no rivals."""
+    def begin(self, now: Sequence[float], texts: Mapping[str, str], prompts: str = "") -> None:
+        """Note what the dense models measure on the windows of the fitness split, the sha256 of the texts, and the
+        version of the prompts; raises InputError where they were others when the journal was begun, since measurements
+        of other texts, weights or arithmetic are no rivals, and answers to other prompts no answers."""
         place = self._places.get(("dense",))
         if place is None and self._places:
             raise InputError(
                 f"{self.folder} was begun by a version that did not note on what text it measured: start another run"
             )
         if place is None:
-            self._append({"kind": "dense", "window_nlls": list(now), "texts": dict(texts)})
+            self._append({"kind": "dense", "window_nlls": list(now), "texts": dict(texts), "prompts": prompts})
             return
         noted = self._use(place)
+        then = noted.get("prompts") or "of an earlier version"
+        if then != (prompts or then):
+            raise InputError(
+                f"{self.folder} was begun with prompts {then}, and these are {prompts}: its answers are to other "
+                "questions; start another run"
+            )
         changed = [name for name, digest in texts.items() if noted["texts"].get(name, digest) != digest]
         if changed:
             raise InputError(
@@ -187,8 +194,13 @@ class Ledger:
             if self.mirror is not None:
                 self.mirror.appended(self.records)
             place = len(self._journal) - 1
-            self._places[_name(record)] = place
+            self._index(place, record)
         return place
+
+    def _index(self, place: int, record: dict) -> None:
+        self._places[_name(record)] = place
+        if record["kind"] in ("evaluation", "probe") and record[record["kind"]].get("traceback"):
+            self._poisoned[record["key"]] = place
 
     def answers(self, key: tuple[int, int, str], ask: Callable[[], Sequence[Request]]) -> list[list[Answer]]:
         """Answers per request, in order. key: generation, round, and what is asked for. ask: makes the requests, if
@@ -265,13 +277,18 @@ class Ledger:
         place = self._places["evaluation", key, split]
         return Evaluation.from_dict(self._use(place)["evaluation"])
 
-    def noted(self, key: str, name: str) -> Any:
-        """ "seconds" or "traceback" of an algorithm's evaluation or poisonous probe, or None: the journal's to know,
-        since they are others every time, and the graph is not."""
-        for kind, place in (("evaluation", ("evaluation", key, FULL)), ("probe", ("probe", key))):
-            if place in self._places:
-                return self._journal[self._places[place]][kind].get(name)
-        return None
+    def seconds(self, key: str) -> float:
+        """Of an algorithm's evaluation: the journal's to know, as is a traceback, since they are others every time, and
+        the graph is not."""
+        place = self._places.get(("evaluation", key, FULL))
+        return 0.0 if place is None else self._journal[place]["evaluation"]["seconds"]
+
+    def traceback(self, key: str) -> str:
+        """Of an algorithm that is poison, on whatever text it was found out."""
+        if key not in self._poisoned:
+            return ""
+        record = self._journal[self._poisoned[key]]
+        return record[record["kind"]]["traceback"]
 
     def asked(self, generation: int, round_: int) -> bool:
         """Whether the journal has answers of this round: they were paid for, so they are used."""

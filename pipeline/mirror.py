@@ -31,6 +31,7 @@ class Mirror:
         self._storage, self._say, self._folder = storage, say, folder
         self._sent = self._joined = 0  # records: that are there, and that are in objects of a checkpoint
         self._parts: set[str] = set()  # of checkpoints, that are there
+        self._owed = ""  # a checkpoint that is not there yet
         self._failing, self._failed = False, 0.0
 
     def begin(self, config: bytes, records: Sequence[dict]) -> None:
@@ -43,11 +44,13 @@ class Mirror:
             raise InputError(f"cannot write to storage {self._storage.uri}: {error}; check it and its rights") from None
 
     def appended(self, records: Sequence[dict]) -> None:
-        """Copy the records of the journal that are not there yet."""
-        self._try(lambda: self._append(records))
+        """Copy the records of the journal that are not there yet, and a checkpoint that could not be written."""
+        owed = self._owed
+        self._try(lambda: self._save(owed, records) if owed else self._append(records))
 
     def saved(self, checkpoint: str, records: Sequence[dict]) -> None:
         """Copy a checkpoint of this name, and make one object of the journal's records since the one before."""
+        self._owed = checkpoint
         self._try(lambda: self._save(checkpoint, records))
 
     def close(self, records: Sequence[dict]) -> None:
@@ -78,6 +81,7 @@ class Mirror:
         self._joined = len(records)
 
     def _save(self, checkpoint: str, records: Sequence[dict]) -> None:
+        self._append(records)  # a checkpoint speaks of records: they come first
         here = self._folder / CHECKPOINT
         for path in sorted((here / PARTS).glob("*")):
             if path.name not in self._parts:
@@ -92,6 +96,7 @@ class Mirror:
         # The manifest first: without it the rest is no checkpoint.
         self._storage.delete(*sorted(gone, key=lambda name: Path(name).name != MANIFEST))
         self._join(records)
+        self._owed = ""
 
     def _try(self, write: Callable[[], None]) -> None:
         if self._failing and time.monotonic() - self._failed < PAUSE:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from autoprune.models.footprint import Footprint, ModelSizes, Workload, footprint, known_config, model_sizes
 from autoprune.pipeline.config import SELF, Config
 from autoprune.pipeline.population import seed
+from autoprune.pipeline.prompting import reads_prompts
+from autoprune.pipeline.search import plan_repairs
 
 GIB = 2**30
 WORKER = 1.5 * GIB  # of the host's memory that a process takes before it holds anything: Python, torch, Ray
@@ -25,6 +27,7 @@ PARAMETERS = 1.5e9
 # fitness split (the probe in both groups, the cheap windows of those that pass it).
 ANSWER_TOKENS = 100
 PROBES, CHEAP = 2.0, 0.5
+TRIALS = 3  # of each statistic, for every new elite
 PROBE_SECONDS = 0.2  # of a call that hardly computes
 
 
@@ -148,10 +151,13 @@ def _count(found: Plan, config: Config, sizes: ModelSizes) -> None:
     """Answers, tokens, evaluations and hours: at most what the search may use, and about what it takes."""
     search, budgets, writer = config.search, config.budgets, config.generator
     answers = search.generations * search.answers * search.rounds
+    answers += search.generations * plan_repairs(config)
     found.answers = min(answers, budgets.calls) if budgets.calls else answers
     prompts = found.answers * search.prompts // max(1, search.answers)
     about = prompts * writer.prompt_tokens // 2 + found.answers * ANSWER_TOKENS
     most = prompts * writer.prompt_tokens + found.answers * writer.max_tokens
+    if not reads_prompts(config) or writer.kind == "scripted":
+        about = most = 0
     found.tokens = tuple(min(count, budgets.tokens or count) for count in (about, most))
     full = len(search.seeds) + search.generations * search.candidates
     found.evaluations = min(full, budgets.evaluations) if budgets.evaluations else full
@@ -170,6 +176,9 @@ def _count(found: Plan, config: Config, sizes: ModelSizes) -> None:
     cases = 1 + len(config.target.further)
     work = found.evaluations * seconds(data.fitness_windows)
     work += found.answers * (PROBES * seconds(128 / data.context) + CHEAP * seconds(search.cheap_windows))
+    if search.trials and search.diversity and reads_prompts(config):
+        tried = TRIALS * search.elites + 2 * TRIALS * search.generations // 3
+        work += tried * len(search.statistics) * seconds(128 / data.context)
     work += search.generations * search.tuning * seconds(search.cheap_windows)
     reported = (len(search.seeds) + 1) * seconds(data.report_windows)
     reported += len(sizes.blocks) * seconds(search.cheap_windows) * search.sensitivity

@@ -60,7 +60,7 @@ def register(folder: Path, name: str = "") -> str:
             name,
             tags={
                 "autoprune.candidate": details["candidate"],
-                "autoprune.report_nll": f"{details['perplexity']['report_nll']:.6f}",
+                "autoprune.report_nll": str(details["perplexity"]["report_nll"]),
                 "autoprune.run": summary["name"],
             },
         )

@@ -62,7 +62,7 @@ def write_report(folder: Path, lineage: Lineage, summary: dict) -> list[Path]:
     }
     about = f"{summary['name']}: {summary['target']} at {100 * summary['sparsity']:g}% sparsity"
     files = {
-        "report.json": json.dumps(summary | {"algorithm": best.algorithm.to_dict()}, indent=1).encode(),
+        "report.json": _json(summary | {"algorithm": best.algorithm.to_dict()}),
         "lineage.png": lineage_png(lineage, best.id, f"Lineage of {about}"),
         "fitness.png": progress_png(lineage, references, f"Progress of {about}"),
     }
@@ -82,6 +82,12 @@ def write_report(folder: Path, lineage: Lineage, summary: dict) -> list[Path]:
     for name, data in files.items():
         write_atomic(folder / name, data)
     return [folder / name for name in files]
+
+
+def _json(data: dict) -> bytes:
+    """An infinite perplexity has no number in JSON."""
+    plain = json.loads(json.dumps(data), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=1).encode()
 
 
 def best_file(lineage: Lineage, summary: dict, best: Candidate) -> str:
@@ -145,5 +151,9 @@ def print_report(folder: Path, console: Console) -> None:
     places |= {"Report": folder / "report.html", "Lineage": folder / "lineage.html", "Run": folder}
     for name, place in places.items():
         console.print(f"{name}: {place.resolve()}", markup=False, highlight=False, soft_wrap=True)
-    for line in (f"MLflow: {summary['mlflow']}", f"and there: {summary.get('mlflow_run', '')}"):
+    lines = [
+        f"MLflow: {summary['mlflow']}",
+        *([f"and there: {summary['mlflow_run']}"] if "mlflow_run" in summary else []),
+    ]
+    for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

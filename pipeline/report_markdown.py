@@ -55,16 +55,20 @@ def result_text(summary: dict, best: str) -> str:
     gain = summary.get("gain")
     if not gain or gain["rival"] is None:
         return ""
+    where = f" ({summary['cases'][0]['name']})" if summary.get("cases") else ""
+    if best == f"seed-{gain['rival']}":
+        return (
+            f"No candidate was better than **{gain['rival']}**, the best of the baselines on the report split{where}."
+        )
     below = 100 * (1 - math.exp(gain["nats"]))
     size = f"{below:.1f}% below" if below > 0 else f"{-below:.1f}% above"
-    sure = ""
-    if math.isfinite(gain["error"]):
+    sure, verdict = "", ""
+    if gain["error"] is not None:
         sure = f" ({difference_text(gain['nats'], gain['error'])}, paired over {gain['windows']} windows)"
-    clear = abs(gain["nats"]) > 2 * gain["error"]
-    verdict = "" if clear else " **That is within the noise.**"
+        verdict = "" if abs(gain["nats"]) > 2 * gain["error"] else " **That is within the noise.**"
     return (
-        f"On text that no search saw, the perplexity of **{best}** is **{size} {gain['rival']}**, the best of the "
-        f"baselines there{sure}.{verdict}"
+        f"On text that no search saw{where}, the perplexity of **{best}** is **{size} {gain['rival']}**, the best of "
+        f"the baselines there{sure}.{verdict}"
     )
 
 
@@ -82,7 +86,9 @@ def _formula(best: Candidate) -> str:
     text = f"As a formula, the lowest scores {group} going first:\n\n{text}\n\n{meaning}."
     shares = allocation_formula(best.algorithm.allocation)
     if shares:
-        units = "$`b`$: a block of $`B`$; $`r_b`$: its retention, up to a factor; $`s`$: the sparsity"
+        layers = best.algorithm.allocation.per == "layer"
+        unit = "a linear layer, of one of the $`B`$ blocks" if layers else "a block of $`B`$"
+        units = f"$`b`$: {unit}; $`r_b`$: its retention, up to a factor; $`s`$: the sparsity"
         if not best.algorithm.allocation.source:
             units += (
                 r"; $`\gamma_b`$: the skewness of |W| in it, at most 1.75 times the median; the exponent is at most 2"
@@ -132,7 +138,7 @@ def _cases(summary: dict) -> str:
 def _quote(text: str) -> str:
     """The model's own words on one line, with nothing in them that Markdown or HTML would act on."""
     words = plain(text) or "(nothing said)"
-    return "".join(f"\\{character}" if character in r"\`*_[]<>#|!" else character for character in words)
+    return "".join(f"\\{character}" if character in r"\`*_[]<>#|!$~" else character for character in words)
 
 
 def _chain(lineage: Lineage, best: Candidate) -> list[str]:
@@ -219,7 +225,7 @@ def _cost(lineage: Lineage, summary: dict) -> str:
         f"Invalid answers took {100 * counts['invalid'] / answers:.1f}% of the answers and "
         f"{100 * tokens / all_tokens:.1f}% of the tokens.",
         f"Time: {time_line(summary)}.",
-        f"Evaluators computed for {summary['gpu_seconds']:,.0f} s." if "gpu_seconds" in summary else "",
+        f"Evaluators computed for {summary['gpu_seconds']:,.0f} s." if summary.get("gpu_seconds") else "",
         f"Algorithms written by: {summary['generator']}; prompts {summary.get('prompts', 'unknown')}.",
     ]
     return "## Cost\n\n" + "\n".join(f"- {line}" for line in lines if line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import re
@@ -48,7 +49,8 @@ def report_html(markdown: str, pictures: Mapping[str, bytes], title: str) -> str
     def fence(tokens, index, options, environment):
         token = tokens[index]
         if token.info.strip() == "math":
-            return f'<p class="formula">{formula_svg(token.content.strip())}</p>\n'
+            with contextlib.suppress(RecursionError, ValueError):  # too deep to be drawn: as it is written
+                return f'<p class="formula">{formula_svg(token.content.strip())}</p>\n'
         return f"<pre><code>{html.escape(token.content)}</code></pre>\n"
 
     def formula(tokens, index, options, environment):

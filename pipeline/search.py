@@ -32,7 +32,7 @@ from autoprune.pipeline.checkpoint import (
     write_atomic,
 )
 from autoprune.pipeline.config import Config
-from autoprune.pipeline.gcot import repair_prompt
+from autoprune.pipeline.gcot import VERSION, repair_prompt
 from autoprune.pipeline.ledger import FRESH, FULL, REPORT, Evaluator, Generator, Ledger, Spent
 from autoprune.pipeline.lineage import STATUSES, Candidate, Lineage, checkpointed, json_lines
 from autoprune.pipeline.mirror import CHECKPOINT, Mirror
@@ -84,7 +84,7 @@ class Search:
             self.mirror.begin(self.config.to_yaml().encode(), self.ledger.records)
         self.screen = Screen(self.config.search, self.lineage, self.ledger.measure)
         pools = [case.pool for case in self.evaluator.cases] if self.config.target.further else [self.evaluator]
-        self.ledger.begin([nll for pool in pools for nll in pool.dense[FULL].window_nlls], self.texts)
+        self.ledger.begin([nll for pool in pools for nll in pool.dense[FULL].window_nlls], self.texts, VERSION)
         dense = self.evaluator.dense[FULL].nll
         # What prompts are read off: the lineage itself, or with a lag what of it may be known by then.
         self.seen = Lineage() if self.config.search.lag else self.lineage
@@ -430,19 +430,20 @@ class Search:
             return
         for line in loaded.damaged:
             self.progress.say(f"passed over a damaged checkpoint: {line}")
-        if loaded.generation < 0:
-            self.progress.say("no checkpoint is left: the search begins again, and its journal answers")
+        spent = json.loads(loaded.files.get("spent.json", "null"))
+        if spent is None or any(last >= len(self.ledger.records) for _, last in spent["used"]):
+            why = "no checkpoint is left" if spent is None else "the checkpoint is ahead of the journal"
+            self.progress.say(f"{why}: the search begins again, and its journal answers")
             return
         restored, self._parts = checkpointed(loaded), loaded.entries
         for candidate in restored:
             if candidate.evaluation is not None:
-                seconds = self.ledger.noted(candidate.algorithm.key, "seconds") or 0.0
+                seconds = self.ledger.seconds(candidate.algorithm.key)
                 candidate.evaluation = replace(candidate.evaluation, seconds=seconds)
             elif candidate.status == "poison":
-                candidate.traceback = self.ledger.noted(candidate.algorithm.key, "traceback") or ""
+                candidate.traceback = self.ledger.traceback(candidate.algorithm.key)
             self.lineage.add(candidate)
         self.screen.learn(list(self.lineage))
-        spent = json.loads(loaded.files["spent.json"])
         self.ledger.restore(spent["used"], spent["total"])
         self._done = loaded.generation
         for candidate in self.lineage:  # a tracker that was away when the search stopped catches up

@@ -9,6 +9,8 @@ from autoprune.actors.pool import EvaluatorPool
 from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.pipeline.screening import subset_nll
 
+MOST = 0.9  # an allocation leaves every block a tenth of the mean retention, which is nearly 1 here
+
 
 def sensitivity(
     pool: EvaluatorPool,
@@ -17,9 +19,10 @@ def sensitivity(
     windows: tuple[int, ...],
     step: Callable[[int, int], None],
 ) -> list[float] | None:
-    """Nats per token above the dense model, for each block, where that block alone is pruned to `sparsity` by the
-    algorithm's score and group, on some windows of the fitness split. None where a block cannot be measured."""
-    numels, costs = pool.numels, []
+    """Nats per token above the dense model, for each block, where that block alone is pruned to `sparsity`, MOST at
+    most, by the algorithm's score and group, on some windows of the fitness split. None where a block cannot be
+    measured."""
+    numels, costs, sparsity = pool.numels, [], min(sparsity, MOST)
     dense = subset_nll(pool.dense["fitness"], windows)
     split = f"fitness[{','.join(map(str, windows))}]"
     for block, numel in enumerate(numels):

@@ -42,6 +42,7 @@ ENDED = ("FINISHED", "FAILED")
 PARAMS_PER_BATCH = 100  # the server's limit
 METRICS_PER_BATCH = 1000  # the same
 REQUEST_TIMEOUT = 10  # seconds; MLflow's own is 120, with 7 retries: minutes in which the search would stand still
+PAUSE = 15.0  # seconds for which a store that failed is left alone: each call may take a time-out
 FAILURES_PER_CALL = 2  # then give up until the next call, so that a dead store costs two time-outs at most
 
 
@@ -101,7 +102,7 @@ class MlflowTracker:
         self._written: set[str] = set()  # candidates whose child run is complete
         self._doubtful: set[str] = set()  # those that may have a child run that is not
         self._pending: deque[Callable[[], None]] = deque()
-        self._warned = False
+        self._warned, self._failed = False, -PAUSE
         quiet_mlflow()
         from mlflow import MlflowClient
 
@@ -254,16 +255,19 @@ class MlflowTracker:
         self._samples.end()
         self._do(partial(self._log_system, self._samples.take()))
         counts = {f"candidates_{name}": float(count) for name, count in Counter(self._statuses.values()).items()}
-        self._do(partial(self._finish, status, metrics | counts, artifacts, note, now()))
+        self._do(partial(self._finish, status, metrics | counts, artifacts, note, now()), last=True)
         if self._pending:
             logger.warning("MLflow at %s misses %d records; the run folder has them all", self.uri, len(self._pending))
 
-    def _do(self, call: Callable[[], None]) -> None:
+    def _do(self, call: Callable[[], None], last: bool = False) -> None:
         """Make this call, then those that failed before; one that fails now goes to the end and blocks no other.
 
-        Their order does not matter: each carries its own run, step and time.
+        Their order does not matter: each carries its own run, step and time. A store that failed is left alone for a
+        while, but for the last call.
         """
         self._pending.appendleft(call)
+        if time.monotonic() - self._failed < PAUSE and not last:
+            return
         failures = 0
         for _ in range(len(self._pending)):
             pending = self._pending.popleft()
@@ -275,6 +279,7 @@ class MlflowTracker:
                 if not self._warned:
                     logger.warning("MLflow at %s: %s; kept, to be tried again", self.uri, _one_line(error))
                     self._warned = True
+                self._failed = time.monotonic()
                 if failures == FAILURES_PER_CALL:
                     return
 

@@ -22,6 +22,14 @@ KNOWN = {
     "return W.abs() / (W.abs().sum(dim=1, keepdim=True) + 1e-6)": [
         rf"S_{{ij}} = \frac{{{W}}}{{\sum_{{j}}\left({W}\right) + 10^{{-6}}}}"
     ],
+    "return W.abs().sum(dim=1, keepdim=True).square() * x_norm * W": [
+        rf"S_{{ij}} = W_{{ij}}\,\left(\sum_{{j}}\left({W}\right)\right)^{{2}}\,{X}"
+    ],
+    "return W.sum(dim=0) * x_norm * W": [rf"S_{{ij}} = W_{{ij}}\,\left(\sum_{{i}}\left(W_{{ij}}\right)\right)\,{X}"],
+    "return (W > x_norm).float() + W": [rf"S_{{ij}} = \left(W_{{ij}} > {X}\right) + W_{{ij}}"],
+    "return W.abs() ** 0.49999": [rf"S_{{ij}} = {W}^{{0.5}}"],
+    "return W.abs() * x_norm[0]": [],
+    "return W.abs() * W.argsort(dim=1).argsort(dim=0).float()": [],
     "return W.abs() * x_norm.mean() + W.amax(dim=0)": [
         rf"S_{{ij}} = {W}\,\mathrm{{mean}}_{{j}}\left({X}\right) + \max_{{i}}\left(W_{{ij}}\right)"
     ],
@@ -61,6 +69,14 @@ def test_sdsa_with_its_numbers():
 def test_symbols_are_explained():
     assert SYMBOLS.keys() == {"W", *STATISTICS}
     assert list(read_symbols("def score(W, x_norm, g_rms):\n    return W.abs() * g_rms")) == [r"W_{ij}", r"G_{ij}"]
+
+
+def test_long_formulas_are_cut_into_lines():
+    lines = "".join(f"    v{n} = x_norm / (v{n - 1} + 1.5)\n" if n else "    v0 = x_norm / 2\n" for n in range(40))
+    found = score_formula(f"def score(W, x_norm):\n{lines}    return W.abs() * v39\n")
+    assert len(found) > 5 and max(map(len, found)) < 400
+    for line in found:
+        MathTextParser("path").parse(f"${line}$")
 
 
 def test_every_formula_can_be_drawn():

@@ -62,12 +62,14 @@ def test_every_candidate_has_a_line_and_filters_choose(search, capsys):
         if candidate.parents:
             edge = search.lineage.edge(candidate.parents[0], candidate.id)
             assert f"{edge['effect']:+.4f} ± {edge['effect_error']:.4f}  {edge['verdict']} " in line
-    for option, value in (("operator", "seed"), ("status", "evaluated"), ("verdict", "refuted")):
+    edges = [search.lineage.edge(c.parents[0], c.id) for c in search.lineage.evaluated() if c.parents]
+    verdict = next(edge["verdict"] for edge in edges if "effect" in edge)
+    for option, value in (("operator", "seed"), ("status", "evaluated"), ("verdict", verdict)):
         found = json.loads(said(capsys, "lineage", search.folder, f"--{option}", value, "--json"))
         key = {"operator": None, "status": None, "verdict": None} | {option: value}
         assert [one["id"] for one in found] == [c.id for c in chosen(search.lineage, **key)] != []
         if option == "verdict":
-            assert all(one["against"][0]["verdict"] == "refuted" for one in found)
+            assert all(one["against"][0]["verdict"] == verdict for one in found)
 
 
 def test_the_page_can_be_had_at_any_time(search, capsys, tmp_path):
@@ -85,6 +87,9 @@ def test_the_chain_goes_from_a_seed_to_the_candidate(search, capsys):
     chain = json.loads(said(capsys, "lineage", search.folder, "--of", best.id, "--json"))
     assert [step["id"] for step in chain] == path and chain == json.loads(json.dumps(reasoning(search.lineage, best)))
     assert chain[-1]["fitness_nll"] == best.fitness and chain[0]["against"] == []
+    wrong = refused(capsys, "lineage", search.folder, "--verdict", "confirmd")
+    assert "--verdict is 'confirmd': expected confirmed" in wrong
+    assert "leave out the other options" in refused(capsys, "lineage", search.folder, "--html", "x", "--json")
     assert "leave out --operator" in refused(capsys, "lineage", search.folder, "--of", "best", "--operator", "tune")
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from autoprune.actors.messages import Answer, Evaluation, Probe, Request
 from autoprune.algorithms.algorithm import Algorithm
+from autoprune.models.errors import InputError
 from autoprune.pipeline.config import Budgets
 from autoprune.pipeline.ledger import Ledger
 
@@ -95,7 +96,7 @@ def test_what_brought_evaluators_down_is_not_tried_again(make):
     make.worker.poison = False
     again = make()
     assert again.measure([ONE], "fitness") == [first] and first.poison and len(make.worker.measured) == 1
-    assert again.noted(ONE.key, "traceback") == "pid 7" and again.noted(TWO.key, "traceback") is None
+    assert again.traceback(ONE.key) == "pid 7" and again.traceback(TWO.key) == ""
 
 
 def test_a_probe_that_brought_evaluators_down_is_not_tried_again(make):
@@ -105,7 +106,20 @@ def test_a_probe_that_brought_evaluators_down_is_not_tried_again(make):
     again = make()
     assert again.probe([TWO, ONE]) == [Probe(None), first[0]] and first[0].poison and first[0] == first[1]
     assert make.worker.measured == [(ONE.key, "probe"), (TWO.key, "probe")], "each once"
-    assert again.noted(ONE.key, "traceback") == "pid 8" and again.spent.cheap == 0
+    assert again.traceback(ONE.key) == "pid 8" and again.spent.cheap == 0
+
+
+def test_a_traceback_is_found_whatever_text_it_was_of(make):
+    make.worker.poison = True
+    make().measure([ONE], "fitness[0,1]")
+    assert make().traceback(ONE.key) == "pid 7" and make().seconds(ONE.key) == 0.0
+
+
+def test_answers_to_other_prompts_are_refused(make):
+    make().begin([1.0], {}, "v1")
+    make().begin([1.0], {}, "v1")
+    with pytest.raises(InputError, match="was begun with prompts v1, and these are v2"):
+        make().begin([1.0], {}, "v2")
 
 
 def test_a_generation_that_ended_asks_nothing_more(make):

@@ -43,7 +43,7 @@ def test_the_model_is_registered_on_demand_and_its_weights_are_copied_once(run, 
     (logged,) = client.search_logged_models([memory["experiment_id"]], "name = 'pruned'")
     assert logged.source_run_id == memory["run_id"] and client.get_run(memory["run_id"]).info.status == "FINISHED"
     found = client.get_model_version("tiny-pruned-60", "1")
-    assert found.tags["autoprune.candidate"] == "g1-c0" and found.tags["autoprune.report_nll"] == "4.500000"
+    assert found.tags["autoprune.candidate"] == "g1-c0" and found.tags["autoprune.report_nll"] == "4.5"
     info = mlflow.models.get_model_info("models:/tiny-pruned-60/1")
     assert info.signature.inputs.to_dict()[0]["type"] == "string"
     assert info.metadata["autoprune"]["candidate"] == "g1-c0" and "layers" not in info.metadata["autoprune"]

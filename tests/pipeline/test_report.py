@@ -223,6 +223,8 @@ def test_the_first_sentence_says_what_was_gained_and_how_sure_that_is(lineage, t
         "clear": {},
         "noise": {"gain": {"rival": "wanda", "nats": 0.01, "error": 0.02, "windows": 4}},
         "nobody": {"gain": {"rival": None}},
+        "one window": {"gain": {"rival": "wanda", "nats": -0.1, "error": None, "windows": 1}},
+        "the same": {"gain": {"rival": "wanda", "nats": 0.0, "error": 0.0, "windows": 4}, "best": "seed-wanda"},
     }.items():
         write_report(tmp_path / name, lineage, with_more(lineage, **gain))
         texts[name] = (tmp_path / name / "report.md").read_text()
@@ -230,6 +232,13 @@ def test_the_first_sentence_says_what_was_gained_and_how_sure_that_is(lineage, t
     assert f"**{best}** is **20.0% below wanda+sdsa**" in texts["clear"] and "128 windows).\n" in texts["clear"]
     assert "1.0% above wanda**" in texts["noise"] and "**That is within the noise.**" in texts["noise"]
     assert "On text that no search saw" not in texts["nobody"]
+    assert "9.5% below wanda**" in texts["one window"] and "noise.**" not in texts["one window"]
+    assert "No candidate was better than **wanda**" in texts["the same"]
+
+
+def test_the_json_is_json_whatever_is_infinite(lineage, tmp_path):
+    write_report(tmp_path, lineage, with_more(lineage, gpu_seconds=math.inf))
+    assert json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)["gpu_seconds"] is None
 
 
 def test_what_blocks_cost_and_what_was_refuted_is_told(lineage, tmp_path):
