@@ -12,13 +12,13 @@ from autoprune.algorithms.language import LanguageError, parse
 from autoprune.algorithms.scores import NATIVE
 from autoprune.algorithms.vocabulary import STATISTICS
 
-# How a statistic x joins what a score S returns: as a factor, softened, or as a divisor.
-FORMS = ("S * {x}", "S * {x}.sqrt()", "S / ({x} + 1e-06)")
+# How a statistic x joins what a score returns, m0: as a factor, softened, or as a divisor. As an answer would write it.
+FORMS = ("m0 * {x}", "m0 * {x}.sqrt()", "m0 / ({x} + 1e-06)")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One more statistic in a score. form: how, with S for what the score returns without it. effect: nats per token
+    """One more statistic in a score. form: how, with m0 for what the score returns without it. effect: nats per token
     against the score without it, below 0 where it is better; None before it was measured, or where it cannot be."""
 
     statistic: str
@@ -49,11 +49,11 @@ def _joined(source: str, name: str, text: str) -> str:
     function.args.args.append(ast.arg(name))
     returned = function.body[-1].value
 
-    class InPlaceOfS(ast.NodeTransformer):
+    class InPlace(ast.NodeTransformer):
         def visit_Name(self, node: ast.Name) -> ast.expr:
-            return returned if node.id == "S" else node
+            return returned if node.id == "m0" else node
 
-    function.body[-1].value = InPlaceOfS().visit(ast.parse(text, mode="eval").body)
+    function.body[-1].value = InPlace().visit(ast.parse(text, mode="eval").body)
     return ast.unparse(ast.fix_missing_locations(module))
 
 

@@ -35,19 +35,21 @@ from autoprune.pipeline.wording import algorithm_text
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 GENETIC = "search.operators={explore: 0.5, mutate: 2, crossover: 1.5, tune: 1}"
+# So many prompts share the answers of a generation, where prompts, or parents, differ.
+PROMPTS = "search.prompts=6"
 ARMS: dict[str, tuple[str, ...]] = {
-    "gcot": (),
+    "gcot": (PROMPTS,),
     "topk": ("search.prompt=topk",),
     "best-of-n": ("search.prompt=fixed",),
-    "genetic": ("generator.kind=genetic", GENETIC),
+    "genetic": ("generator.kind=genetic", GENETIC, PROMPTS),
     "random": ("generator.kind=grammar", "search.prompt=fixed"),
 }
 # Not strategies of their own: without one of its parts, which `table.md` sets beside it. GCoT without trials of
 # statistics is what it was before there were any, and without diversity it has none either.
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "gcot-untried": ("search.trials=false",),
-    "gcot-undiverse": ("search.diversity=false",),
-    "genetic-undiverse": ("generator.kind=genetic", GENETIC, "search.diversity=false"),
+    "gcot-undiverse": ("search.diversity=false", PROMPTS),
+    "genetic-undiverse": ("generator.kind=genetic", GENETIC, "search.diversity=false", PROMPTS),
 }
 
 

@@ -34,7 +34,7 @@ def test_a_trial_is_the_score_with_one_more_statistic_and_nothing_else(name):
         program = parse(trial.algorithm.score)
         assert trial.statistic in program.reads and trial.algorithm.group == parent.group
         x = values[trial.statistic].abs()
-        wanted = {"S *": own * x, "S /": own / (x + 1e-6)}[trial.form[:3]]
+        wanted = {"m0 *": own * x, "m0 /": own / (x + 1e-6)}[trial.form[:4]]
         if "sqrt" in trial.form:
             wanted = own * x.sqrt()
         torch.testing.assert_close(program(W, values), wanted)
@@ -73,7 +73,7 @@ def test_prompts_tell_what_was_measured(tmp_path, tiny_model):
     for trial in measured:
         (there,) = search.measure([trial.algorithm], "probe")
         assert trial.effect == there.nll - here.nll
-    shown = [line for line in told[0].prompt.splitlines() if line.startswith("- S ")]
+    shown = [line for line in told[0].prompt.splitlines() if line.startswith("- m0 ")]
     assert set(shown) <= {f"- {t.form}: {t.effect:+.3f}" for t in measured if t.effect < 0}
 
 
