@@ -28,6 +28,7 @@ def formula_svg(latex: str, size: float = 15.0) -> str:
     svg = buffer.getvalue().decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, flags=re.DOTALL)  # its background, which is white
     svg = svg.replace("#000000", "currentColor")
     style = f'style="vertical-align: {-depth:.1f}pt" role="img" aria-label="{html.escape(latex, quote=True)}"'
     return svg.replace("<svg ", f"<svg {style} ", 1)

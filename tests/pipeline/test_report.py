@@ -18,6 +18,7 @@ from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.lineage import Candidate, Lineage
 from autoprune.pipeline.population import read_score
 from autoprune.pipeline.report import print_report, table, write_report
+from autoprune.pipeline.report_page import formula_svg
 
 SDSA = Allocation("sdsa", {"tau": 0.5, "m": 0.3, "depth": 0.0})
 OPERATORS = ("explore", "crossover", "mutate", "tune", "simplify", "repair")
@@ -278,6 +279,7 @@ def test_the_page_holds_everything_and_reaches_for_nothing(lineage, tmp_path):
     addresses = [v for tag, a in page.tags for k, v in a.items() if k in ("src", "href", "xlink:href", "srcset")]
     assert all(address.startswith(("data:", "#")) for address in addresses)
     assert [a["aria-label"] for tag, a in page.tags if tag == "svg"][0].startswith("S_{ij} = ")
+    assert "#ffffff" not in formula_svg("x^2").lower(), "it has to be read on a dark page, too"
     assert "best found" in page.words and "Kept densest" in page.words and "$" not in page.words
     assert not [tag for tag, _ in page.tags if tag in ("script", "iframe", "link", "object", "form")]
 
