@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from autoprune.actors.pool import EvaluatorPool
 from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.pipeline.screening import subset_nll
+
+if TYPE_CHECKING:
+    from autoprune.actors.pool import EvaluatorPool
 
 MOST = 0.9  # an allocation leaves every block a tenth of the mean retention, which is nearly 1 here
 
