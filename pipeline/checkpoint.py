@@ -136,7 +136,7 @@ def save_part(folder: Path, name: str, data: bytes) -> Entry:
     return _entry(data)
 
 
-def with_manifest(generation: int, files: Mapping[str, bytes], parts: Mapping[str, Entry]) -> dict[str, bytes]:
+def _with_manifest(generation: int, files: Mapping[str, bytes], parts: Mapping[str, Entry]) -> dict[str, bytes]:
     """The files of a checkpoint and, last, the manifest that vouches for them and for its parts."""
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -160,7 +160,7 @@ def save_checkpoint(
     writing = folder / ".writing"
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir()
-    for name, data in with_manifest(generation, files, parts or {}).items():
+    for name, data in _with_manifest(generation, files, parts or {}).items():
         write_atomic(writing / name, data)
     path = folder / checkpoint_name(generation)
     if path.exists():  # a resumed search does a generation again

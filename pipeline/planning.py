@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from autoprune.models.footprint import Footprint, ModelSizes, Workload, footprint, known_config, model_sizes
 from autoprune.pipeline.config import SELF, Config
-from autoprune.pipeline.population import seed
+from autoprune.pipeline.preparation import read_by_seeds
 from autoprune.pipeline.prompting import reads_prompts
 from autoprune.pipeline.search import plan_repairs
 
@@ -53,7 +53,7 @@ def plan(config: Config, gpu_gib: float, host_gib: float | None = None) -> Plan:
     machine, where all actors are on one. Raises InputError for a model that is not known."""
     device = "cuda" if gpu_gib else "cpu"
     found, evaluators = Plan(device), config.evaluators
-    read = frozenset(config.search.statistics).union(*(_reads(text) for text in config.search.seeds))
+    read = read_by_seeds(config) | set(config.search.statistics)
     data, extra = config.data, config.search
     windows = (data.calibration_windows, data.fitness_windows, extra.fresh_windows, data.report_windows, 1)
     load = Workload(data.context, windows, read)
@@ -64,7 +64,7 @@ def plan(config: Config, gpu_gib: float, host_gib: float | None = None) -> Plan:
     for model, size in sizes.items():
         _add_evaluators(found, config, model, size, load, each, gpu_gib)
     if config.generator.kind == "vllm":
-        _add_engines(found, config, each, gpu_gib, len(models))
+        _add_engines(found, config, gpu_gib)
     if gpu_gib:
         found.gpus = sum(row["count"] * row["gpus"] for row in found.actors)
     found.cpus = sum(row["count"] * row["cpus"] for row in found.actors)
@@ -76,24 +76,15 @@ def plan(config: Config, gpu_gib: float, host_gib: float | None = None) -> Plan:
     return found
 
 
-def _reads(text: str) -> frozenset[str]:
-    from autoprune.models.masking import needs
-
-    return needs(seed(text).algorithm)
-
-
 def _add_evaluators(
     found: Plan, config: Config, model: str, sizes: ModelSizes, load: Workload, gpus: float, gpu_gib: float
 ) -> None:
-    from autoprune.actors.replica import shard_bounds
-
     evaluators = config.evaluators
     blocks = len(sizes.blocks)
     if evaluators.shards > blocks:
         found.problems.append(f"evaluators.shards is {evaluators.shards}: {model} has {blocks} blocks")
         return
-    shards = [footprint(sizes, start, stop, load) for start, stop in shard_bounds(blocks, evaluators.shards)]
-    largest = max(shards, key=lambda one: one.total)
+    largest = _largest(sizes, evaluators.shards, load)
     room = gpus * gpu_gib * GIB if gpu_gib else None
     found.actors.append(
         {
@@ -108,23 +99,27 @@ def _add_evaluators(
         }
     )
     if room is not None and largest.total > 0.95 * room:
-        fits = next((n for n in range(evaluators.shards, blocks + 1) if _largest(sizes, n, load) <= 0.95 * room), None)
+        fits = next(
+            (n for n in range(evaluators.shards, blocks + 1) if _largest(sizes, n, load).total <= 0.95 * room), None
+        )
         advice = f"evaluators.shards={fits} would fit" if fits else "no number of shards fits: take larger GPUs"
         needed = f"{largest.total / GIB:.0f} GiB of the {room / GIB:.0f} GiB that it has"
         found.problems.append(f"a shard of {model} needs {needed}: {advice}")
 
 
-def _largest(sizes: ModelSizes, shards: int, load: Workload) -> int:
-    from autoprune.actors.replica import shard_bounds
+def _largest(sizes: ModelSizes, shards: int, load: Workload) -> Footprint:
+    """Of so many shards."""
+    from autoprune.actors.replica import shard_bounds  # imports Ray
 
-    return max(footprint(sizes, *bounds, load).total for bounds in shard_bounds(len(sizes.blocks), shards))
+    found = (footprint(sizes, *bounds, load) for bounds in shard_bounds(len(sizes.blocks), shards))
+    return max(found, key=lambda one: one.total)
 
 
 def _parts(one: Footprint) -> dict[str, int]:
     return {"weights": one.weights, "gradients": one.gradients, "states": one.states, "work": one.work}
 
 
-def _add_engines(found: Plan, config: Config, each: float, gpu_gib: float, models: int) -> None:
+def _add_engines(found: Plan, config: Config, gpu_gib: float) -> None:
     writer = config.generator
     name = config.target.model if writer.model == SELF else writer.model
     options = known_config(name)

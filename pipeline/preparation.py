@@ -114,7 +114,7 @@ def settled(config: Config) -> Config:
     own = config.target.model if writer.model == SELF else writer.model
     writer = replace(writer, model=absolute(own), answers=absolute(writer.answers))
     data = replace(config.data, **{name: absolute(getattr(config.data, name)) for name in SPLITS})
-    read = frozenset().union(*(needs(seed(text).algorithm) for text in config.search.seeds))
+    read = read_by_seeds(config)
     offered = config.search.statistics
     offered += tuple(name for name in STATISTICS if name in read and name not in offered)
     plan = replace(config.search, statistics=offered)
@@ -128,6 +128,11 @@ def settled(config: Config) -> Config:
         generator=writer,
         data=data,
     )
+
+
+def read_by_seeds(config: Config) -> frozenset[str]:
+    """Statistics that the seeds of a search read."""
+    return frozenset().union(*(needs(seed(text).algorithm) for text in config.search.seeds))
 
 
 def absolute(name: str) -> str:

@@ -91,6 +91,7 @@ class Search:
         self.prompter = Prompter(self.config, self.seen, dense, self.generator.count, self.screen.effect, self._tried)
         self._done = -1
         self._parts: dict[str, Entry] = {}
+        self._trials: dict[str, list[Trial]] = {}  # of candidates whose prompts asked for them
 
     @property
     def spent(self) -> Spent:
@@ -316,13 +317,17 @@ class Search:
         plan = self.config.search
         if not (plan.trials and reads_prompts(self.config) and "probe" in plan.fidelities):
             return []
+        if parent.id in self._trials:
+            return self._trials[parent.id]
         found = trials(parent.algorithm, plan.statistics)
         algorithms = [parent.algorithm, *(trial.algorithm for trial in found)]
         if not found:
             return []
         here, *there = map(reading, self.screen.measure("probe", algorithms))
         effects = [None if here is None or value is None else value - here for value in there]
-        return [replace(trial, effect=effect) for trial, effect in zip(found, effects, strict=True)]
+        measured = [replace(trial, effect=effect) for trial, effect in zip(found, effects, strict=True)]
+        self._trials[parent.id] = measured
+        return measured
 
     # Measuring
 

@@ -8,13 +8,13 @@ import math
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from autoprune.actors.generator import OpenAIGenerator
 from autoprune.actors.messages import Request
@@ -153,9 +153,7 @@ def test_the_mlflow_ui_leads_to_a_candidates_thought(walk, browser, tmp_path):
     click on a candidate there."""
     summary = json.loads((walk / "report.json").read_text())
     lineage = Lineage.from_dict(json.loads((walk / "lineage.json").read_text()))
-    with socket.socket() as probe_socket:
-        probe_socket.bind(("127.0.0.1", 0))
-        port = probe_socket.getsockname()[1]
+    port = free_port()
     with open(tmp_path / "ui.log", "w") as log:
         command = [*shlex.split(summary["mlflow"]), "--port", str(port)]
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -223,9 +221,7 @@ def test_the_checkpoint_loads_and_measures_as_the_search_said(walk):
 
 def test_vllm_serves_the_checkpoint_to_the_openai_generator(walk):
     """The pruned model behind vLLM's own server answers under the grammar; a wrong model or port is one clear line."""
-    with socket.socket() as probe_socket:
-        probe_socket.bind(("127.0.0.1", 0))
-        port = probe_socket.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}/v1"
     with pytest.raises(InputError, match="no answer from"):
         OpenAIGenerator(url, "pruned")

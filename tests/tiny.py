@@ -1,5 +1,6 @@
 """Tiny random models with a byte tokenizer, made on the spot."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -41,4 +42,13 @@ def save_tiny_model(folder: Path, family: str = "llama", tie: bool = True) -> Pa
     torch.manual_seed(1)
     model_class(config).save_pretrained(folder)
     save_byte_tokenizer(folder)
+    return folder
+
+
+def save_chat_model(folder: Path) -> Path:
+    """As `save_tiny_model`, with a chat template that joins the messages."""
+    save_tiny_model(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
     return folder

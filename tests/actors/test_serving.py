@@ -1,18 +1,15 @@
 """Engines that die or hang are started again, and what they had not answered is asked again; here they answer from
 their options, as vLLM's actor does from its model (which `test_walk` runs)."""
 
-import json
 import time
 
 import pytest
-from tiny import save_tiny_model
+from tiny import save_chat_model
 
 from autoprune.actors.messages import Request
 from autoprune.actors.placement import ActorResources
 from autoprune.actors.serving import VllmGenerator
 from autoprune.models.errors import InputError, Lost
-
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def engine() -> type:
@@ -53,9 +50,7 @@ def engine() -> type:
 
 @pytest.fixture
 def make(cluster, tmp_path):
-    model = save_tiny_model(tmp_path / "tiny")
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
+    model = save_chat_model(tmp_path / "tiny")
     made, said = [], []
 
     def new(troubles: str, engines: int = 1, **options) -> VllmGenerator:

@@ -14,12 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny_model
+from tiny import save_chat_model
 
 KILLS = int(os.environ.get("AUTOPRUNE_KILLS", "0"))
 DRIVER = Path(__file__).parent / "driver.py"
 pytestmark = pytest.mark.skipif(not KILLS, reason="make chaos")
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +39,7 @@ def nodes():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder = save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
-    return folder
+    return save_chat_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def start(cluster, folder: Path, model: Path) -> subprocess.Popen:

@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import urllib.request
 from dataclasses import replace
 
 import pytest
+from ports import free_port
 
 import autoprune
 from autoprune.actors.messages import Evaluation
@@ -285,12 +285,6 @@ def test_a_file_that_is_no_database_is_one_clear_line(tmp_path):
     with pytest.raises(InputError, match="not a database.*default") as caught:
         MlflowTracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "demo", "run", tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_server_that_is_not_there_is_said_at_once(tmp_path):
