@@ -16,7 +16,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from autoprune.models.perplexity import perplexity
-from autoprune.pipeline.lineage import Candidate, Lineage
+from autoprune.pipeline.lineage import Candidate, Lineage, paired_difference
 
 # One colour per operator, from the Okabe–Ito palette, which colour-blind readers can tell apart.
 COLOURS = {
@@ -196,7 +196,8 @@ def _label_path(
 def progress_png(lineage: Lineage, references: dict[str, float], title: str) -> bytes:
     """Perplexity against the number of evaluations: each candidate, the best so far, and the baselines as lines.
 
-    references: method → perplexity on the fitness split.
+    references: method → perplexity on the fitness split. The band about the best so far is two standard errors of its
+    paired difference to the best seed: where it holds that seed's level, the gain may be noise.
     """
     measured = [c for c in lineage if c.status == "evaluated"]
     values = [perplexity(c.fitness) for c in measured]
@@ -211,12 +212,29 @@ def progress_png(lineage: Lineage, references: dict[str, float], title: str) -> 
     within = [min(b, top) for b in best]
     label = f"best so far ({_number(best[-1])})"
     axes.step(list(number.values()), within, where="post", color=PATH, linewidth=2, zorder=2, label=label)
+    low, high = zip(*gain_band(measured), strict=True)
+    style = {"step": "post", "color": PATH, "alpha": 0.13, "linewidth": 0, "zorder": 1}
+    bounds = [[min(v, top) for v in side] for side in (low, high)]
+    axes.fill_between(list(number.values()), *bounds, label="± 2 errors of the gain over the best seed", **style)
     _scatter(axes, measured, lambda c: number[c.id], top, 30)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("evaluations on the target model")
     axes.set_title(title, loc="left", fontsize=12)
     _legend(axes)
     return _png(figure)
+
+
+def gain_band(measured: list[Candidate]) -> list[tuple[float, float]]:
+    """After each evaluation, perplexities two paired standard errors below and above the best so far."""
+    rival = min((c for c in measured if c.operator == "seed"), key=lambda c: c.fitness, default=measured[0])
+    best, found = measured[0], []
+    for candidate in measured:
+        best = min(best, candidate, key=lambda c: c.fitness)
+        same = len(best.evaluation.window_nlls) == len(rival.evaluation.window_nlls)
+        error = paired_difference(best.evaluation, rival.evaluation)[1] if same else math.inf
+        margin = 2 * error if math.isfinite(error) else 0.0
+        found.append((perplexity(best.fitness - margin), perplexity(best.fitness + margin)))
+    return found
 
 
 def sparsity_png(best: Candidate, others: list[Candidate], target: float, title: str) -> bytes:

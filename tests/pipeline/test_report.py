@@ -7,6 +7,7 @@ import random
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
@@ -16,6 +17,7 @@ from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.lineage import Candidate, Lineage
+from autoprune.pipeline.plots import gain_band
 from autoprune.pipeline.population import read_score
 from autoprune.pipeline.report import print_report, table, write_report
 from autoprune.pipeline.report_page import formula_svg
@@ -240,6 +242,19 @@ def test_the_first_sentence_says_what_was_gained_and_how_sure_that_is(lineage, t
 def test_the_json_is_json_whatever_is_infinite(lineage, tmp_path):
     write_report(tmp_path, lineage, with_more(lineage, gpu_seconds=math.inf))
     assert json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)["gpu_seconds"] is None
+
+
+def test_the_band_about_the_best_is_two_paired_errors_of_its_gain(lineage):
+    measured = lineage.evaluated()
+    rival = min((c for c in measured if c.operator == "seed"), key=lambda c: c.fitness)
+    best = min(measured, key=lambda c: c.fitness)
+    gains = np.subtract(best.evaluation.window_nlls, rival.evaluation.window_nlls)
+    error = gains.std(ddof=1) / math.sqrt(len(gains))
+    low, high = gain_band(measured)[-1]
+    assert low == pytest.approx(math.exp(best.fitness - 2 * error))
+    assert high == pytest.approx(math.exp(best.fitness + 2 * error)) and high > low
+    alone = perplexity(rival.fitness)
+    assert gain_band([rival]) == [(alone, alone)], "a seed against itself"
 
 
 def test_what_blocks_cost_and_what_was_refuted_is_told(lineage, tmp_path):
