@@ -12,6 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
+from autoprune import __version__
+
 
 def _large_pages() -> None:
     """Has torch ask Linux for pages of 2 MB: on a CPU, touching fresh memory for weights and scores 4 kB at a time is
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="autoprune",
         description="A language model designs, measures and improves the algorithm that prunes a model.",
     )
+    parser.add_argument("--version", action="version", version=f"autoprune {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     search = commands.add_parser("search", help="search for a pruning algorithm")

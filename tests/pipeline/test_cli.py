@@ -2,11 +2,9 @@
 
 import io
 import json
-import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -263,19 +261,6 @@ def test_a_score_of_ones_own(capsys, tmp_path, tiny_model, text):
         assert main([*arguments, *more]) == 0
         pruned.append((tmp_path / name / "model.safetensors").read_bytes())
     assert pruned[0] == pruned[1]
-
-
-def test_help_is_instant_and_imports_no_torch():
-    began = time.monotonic()
-    probe = "import sys; sys.argv = ['autoprune', '--help']\nfrom autoprune.pipeline.cli import main\n"
-    script = (
-        probe
-        + "try:\n    main()\nexcept SystemExit:\n    assert 'torch' not in sys.modules and 'ray' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    assert "search" in done.stdout
-    assert time.monotonic() - began < 5  # about 0.1 s; the rest is a busy machine
 
 
 def test_models_list_names_what_is_bundled(capsys):
