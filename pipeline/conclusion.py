@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def conclude(
             "perplexity": {"fitness_nll": best.fitness, "report_nll": reported[-1].nll},
         }
         pool.export(model, best.algorithm, details)
-    costs = _sensitivity(config, folder, pool, search, best.algorithm, progress)
+    costs, costing = _sensitivity(config, folder, pool, search, best.algorithm, progress)
     written = [c for c in search.lineage if c.operator not in ("seed", "tune")]
     counts = {status: sum(c.status == status for c in written) for status in STATUSES}
     spent = search.spend()
@@ -81,6 +82,7 @@ def conclude(
         "generator": WRITERS.get(config.generator.kind, config.generator.model),
         "prompts": VERSION,
         "sparsity": config.target.sparsity,
+        "group": config.target.group,
         "dtype": config.target.dtype,
         "context": config.data.context,
         "corpora": {name: getattr(config.data, name) for name in SPLITS},
@@ -117,8 +119,8 @@ def conclude(
         "tokens": {"prompt": spent.prompt_tokens, "completion": spent.completion_tokens},
         "seconds": {
             "generating": spent.generating,
-            "evaluating": spent.evaluating,
-            "waiting": max(0.0, spent.total - spent.generating - spent.evaluating),
+            "evaluating": spent.evaluating + costing,
+            "waiting": max(0.0, spent.total - spent.generating - spent.evaluating - costing),
             "total": spent.total,
         },
         "gpu_seconds": spent.gpu_seconds,
@@ -153,21 +155,23 @@ def _gain(rows: list[tuple], measured: list[tuple[Evaluation, Evaluation]]) -> d
 
 def _sensitivity(
     config: Config, folder: Path, pool, search: Search, algorithm: Algorithm, progress: Progress
-) -> list[float] | None:
-    """Measured once for an algorithm, if the configuration wants it."""
+) -> tuple[list[float] | None, float]:
+    """Measured once for an algorithm, if the configuration wants it; and the seconds that it took."""
     if not config.search.sensitivity:
-        return None
+        return None, 0.0
     windows = search.screen.windows or tuple(range(len(pool.dense["fitness"].window_nlls)))
     file, about = folder / "sensitivity.json", {"algorithm": algorithm.key, "windows": list(windows)}
     if file.exists():
         kept = json.loads(file.read_text())
         if kept["about"] == about:
-            return kept["costs"]
+            return kept["costs"], kept.get("seconds", 0.0)
     progress.say("pruning each block alone, to see which the model can spare least")
     step = partial(progress.step, "blocks, each pruned alone")
+    began = time.monotonic()
     costs = sensitivity(pool, algorithm, config.target.sparsity, windows, step)
-    write_atomic(file, json.dumps({"about": about, "costs": costs}).encode())
-    return costs
+    seconds = time.monotonic() - began
+    write_atomic(file, json.dumps({"about": about, "costs": costs, "seconds": seconds}).encode())
+    return costs, seconds
 
 
 def metric_name(method: str) -> str:

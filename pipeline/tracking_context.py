@@ -30,10 +30,11 @@ def source_tags() -> dict[str, str]:
     from mlflow.tracking.context.registry import resolve_tags
 
     tags = dict(resolve_tags()) | {"autoprune.version": autoprune.__version__}
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]
-        changed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-        tags["autoprune.git_dirty"] = str(bool(changed.strip())).lower()
+    if (ROOT / ".git").exists():  # an installed package may lie within somebody else's repository
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]
+            changed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+            tags["autoprune.git_dirty"] = str(bool(changed.strip())).lower()
     locks = sorted((ROOT / "deploy" / "locks").glob("*.txt"))
     if locks:
         digest = hashlib.sha256(b"".join(path.read_bytes() for path in locks)).hexdigest()

@@ -23,7 +23,7 @@ from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.models.errors import InputError
 from autoprune.pipeline.lineage import Candidate, Lineage
 from autoprune.pipeline.tracking import MlflowTracker, flatten
-from autoprune.pipeline.tracking_context import MOST_SAMPLES
+from autoprune.pipeline.tracking_context import MOST_SAMPLES, source_tags
 
 ALGORITHM = Algorithm("def score(W, x_norm):\n    return W.abs() * x_norm", "row", Allocation("sdsa", {"tau": 0.5}))
 MEASURED = Evaluation(5.0, 1022, (4.9, 5.1), (0.5, 0.7), sparsity=0.6, seconds=2.5)
@@ -386,3 +386,12 @@ def test_the_ui_command_shows_runs_and_artifacts_and_its_server_can_be_the_store
     remote.finish("FINISHED", {}, [])
     assert time.monotonic() - before < 5
     assert re.search("misses [2-4] records", caplog.text), "and perhaps what was seen of the machine"
+
+
+def test_the_git_state_is_that_of_a_checkout_and_of_nobody_elses_repository(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    within = tmp_path / "site-packages"
+    within.mkdir()
+    for root, told in ((tmp_path, True), (within, False)):
+        monkeypatch.setattr("autoprune.pipeline.tracking_context.ROOT", root)
+        assert ("autoprune.git_dirty" in source_tags()) == told
