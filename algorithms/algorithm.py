@@ -39,6 +39,11 @@ class Group:
             )
         return cls("n:m" if match[2] == ":" else "tile", int(match[1]), int(match[3]))
 
+    @property
+    def sparsity(self) -> float | None:
+        """The share of the weights that n:m prunes; None for groups that leave it open."""
+        return 1 - self.first / self.second if self.kind == "n:m" else None
+
 
 @dataclass(frozen=True)
 class Allocation:

@@ -60,7 +60,7 @@ class Workload:
 @dataclass(frozen=True)
 class ModelSizes:
     """Of a model: bytes of each block, of embedding, head, and what is in every shard; prunable weights of each block;
-    (rows, columns) of its largest matrix; and its widths."""
+    (rows, columns) of its largest matrix; the inputs that its layers have; and its widths."""
 
     blocks: tuple[int, ...]
     embedding: int
@@ -69,6 +69,7 @@ class ModelSizes:
     rest: int
     prunable: tuple[int, ...]
     largest: tuple[int, int]
+    inputs: frozenset[int]
     hidden: int
     inner: int
     vocabulary: int
@@ -100,6 +101,7 @@ def model_sizes(config: PretrainedConfig, name: str, dtype: str) -> ModelSizes:
         rest=max(0, rest),
         prunable=tuple(sum(layer.weight.numel() for layer in block) for block in layers),
         largest=max(shapes, key=math.prod),
+        inputs=frozenset(columns for _, columns in shapes),
         hidden=text.hidden_size,
         inner=max(max(shape) for shape in shapes),
         vocabulary=text.vocab_size,

@@ -14,7 +14,7 @@ from rich.text import Text
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.checkpoint import load_checkpoint
-from autoprune.pipeline.config import Config
+from autoprune.pipeline.config import FREE_GROUP, Config
 from autoprune.pipeline.lineage import Candidate, Lineage, checkpointed
 from autoprune.pipeline.mirror import CHECKPOINT
 from autoprune.pipeline.wording import algorithm_text, difference_text, measured_text, perplexity_text, plain
@@ -138,6 +138,7 @@ def table(lineage: Lineage, candidates: list[Candidate]) -> Table:
 def prune_command(config: Config, score: str, out: str) -> str:
     """The command that prunes the target as the search did. score: a file that holds the algorithm."""
     target, data = config.target, config.data
+    goal = ["--sparsity", f"{target.sparsity:g}"] if target.group == FREE_GROUP else ["--group", target.group]
     return shlex.join(
         [
             "autoprune",
@@ -146,8 +147,7 @@ def prune_command(config: Config, score: str, out: str) -> str:
             target.model,
             "--score",
             score,
-            "--sparsity",
-            f"{target.sparsity:g}",
+            *goal,
             "--calibration",
             data.calibration,
             "--context",

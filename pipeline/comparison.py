@@ -23,7 +23,8 @@ from autoprune.algorithms.rules import RANGES, REVISIONS
 from autoprune.algorithms.scores import BASELINES, NATIVE
 from autoprune.algorithms.tuning import MOST_EVALUATIONS
 from autoprune.models.errors import InputError
-from autoprune.pipeline.config import DTYPES, Data, Tracking, check_data, check_name, one_of, plain, read_config
+from autoprune.pipeline.config import DTYPES, Data, Tracking, check_data, check_name, one_of
+from autoprune.pipeline.config_reading import plain, read_config
 from autoprune.pipeline.population import baseline, read_allocation, read_score
 
 # Of a cell's file and key: raise it when the meaning of a figure changes, and everything is measured anew. What an
@@ -105,17 +106,16 @@ class Target:
     @classmethod
     def read(cls, value: float | str) -> Target:
         """Raises InputError, one line, for what is neither a share nor a pattern."""
-        expected = 'expected numbers between 0 and 1, such as 0.6 for 60%, or patterns in quotes, such as "2:4"'
+        expected = "expected numbers between 0 and 1, such as 0.6 for 60%, or patterns such as 2:4"
         if isinstance(value, str):
             try:
                 group = Group.parse(value)
             except ValueError:
                 group = None
-            if group is None or group.kind != "n:m":
+            if group is None or group.sparsity is None:
                 raise InputError(f"sparsities holds {value!r}: {expected}")
-            return cls(1 - group.first / group.second, value)
+            return cls(group.sparsity, value)
         if not 0 < value < 1:
-            # YAML takes 2:4 without quotes for 2 hours and 4 minutes.
             raise InputError(f"sparsities holds {value:g}: {expected}")
         return cls(value)
 

@@ -1,10 +1,11 @@
-"""Configurations: frozen dataclasses, read strictly from YAML and `--set key=value`; here, that of a search."""
+"""The configuration of a search: frozen dataclasses, read by `config_reading`."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
+import json
+import re
 import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 
 import yaml
 
+from autoprune.algorithms.algorithm import Group
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
 from autoprune.models.errors import InputError
+from autoprune.pipeline.config_reading import build, plain, read_mapping
 
 GENERATOR_KINDS = ("vllm", "openai", "genetic", "grammar", "scripted")
 ALLOCATIONS = ("sdsa", "written")
@@ -23,14 +26,22 @@ FIDELITIES = ("probe", "cheap")
 OPERATORS = ("explore", "mutate", "crossover", "simplify", "tune")
 SELF = "target"  # as the generator's model: a model designs its own pruning
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+FREE_GROUP = "free"  # the search chooses among row and matrix
 
 
 @dataclass(frozen=True)
 class Further:
-    """Another case in which the algorithm must do well. model: another model; empty: the target's own."""
+    """Another case in which the algorithm must do well. model: another model; empty: the target's own. group: "n:m",
+    by which this case is pruned whatever group and allocation the algorithm has; empty: the target's own."""
 
     model: str = ""
     sparsity: float = 0.6
+    group: str = ""
+
+    @property
+    def goal(self) -> str:
+        """What is pruned to, for people."""
+        return f"{self.sparsity:.0%}" if self.group in ("", FREE_GROUP) else self.group
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,9 @@ class Target:
 
     model: bundled name, local folder or hub id. dtype: what is computed in; "auto" is bfloat16 where this machine
     computes it natively, else float32. The pruned checkpoint keeps its own dtype.
+    group: where scores compete: "free", over rows or the whole matrix, as the search finds best; or "n:m", such as
+    "2:4": of every m consecutive weights of a row n are kept. That leaves no allocation, so a score alone is designed,
+    from seeds without one; sparsity, search.design and search.seeds follow from it where a file leaves them out.
     further: other models and sparsities; with any, fitness is nats above the dense model, of the "worst" of all cases
     or their "mean", as `combine` says.
     """
@@ -48,12 +62,23 @@ class Target:
     dtype: str = "float32"
     further: tuple[Further, ...] = ()
     combine: str = "worst"
+    group: str = FREE_GROUP
+
+    @property
+    def every(self) -> tuple[Further, ...]:
+        """All cases, the target's own first, with what they leave out."""
+        others = (Further(c.model or self.model, c.sparsity, c.group or self.group) for c in self.further)
+        return (Further(self.model, self.sparsity, self.group), *others)
+
+    @property
+    def goal(self) -> str:
+        """What the model is pruned to, for people."""
+        return self.every[0].goal
 
     @property
     def cases(self) -> tuple[str, ...]:
         """What fitness is of, for people, where it is of several."""
-        every = ((self.model, self.sparsity), *((case.model or self.model, case.sparsity) for case in self.further))
-        return tuple(f"{Path(model).name} to {sparsity:.0%}" for model, sparsity in every) if self.further else ()
+        return tuple(f"{Path(case.model).name} to {case.goal}" for case in self.every) if self.further else ()
 
 
 @dataclass(frozen=True)
@@ -240,106 +265,49 @@ class Config:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def plain(value: Any) -> Any:
-    """What `dataclasses.asdict` gives, with lists for tuples: what YAML and JSON can hold."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
-
-
 def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
     """The configuration of a search. Raises InputError, one line, for anything unusable."""
-    config = read_config(Config, path, overrides)
+    config = build(Config, completed(read_mapping(Config, path, overrides)))
     check_config(config)
     return config
 
 
-def read_config(cls: type, path: Path, overrides: typing.Sequence[str] = ()) -> Any:
-    """A dataclass from a YAML file, with `key.subkey=value` overrides: keys and types are checked, values are not.
+def completed(data: dict) -> dict:
+    """A configuration's mapping with what n:m groups say of keys that it leaves out."""
+    target, search = data.get("target"), data.get("search", {})
+    if not isinstance(target, dict):
+        return data
+    own, further = target.get("group"), target.get("further")
+    for case in [target, *(further if isinstance(further, list) else ())]:
+        share = _nm_sparsity(case.get("group") or own) if isinstance(case, dict) else None
+        if share is not None:
+            case.setdefault("sparsity", share)
+    if _nm_sparsity(own) is None or not isinstance(search, dict):
+        return data
+    return data | {"search": {"design": "score", "seeds": _scores(SearchPlan().seeds)} | search}
 
-    Raises InputError, one line, for anything that cannot be read.
-    """
+
+def _nm_sparsity(group: Any) -> float | None:
+    """1 − n/m; None for what is no n:m."""
     try:
-        data = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read configuration {path}: {getattr(error, 'strerror', 'it is not text')}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{where} is not YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(data, dict):
-        names = [key.name for key in dataclasses.fields(cls)]
-        raise InputError(f"{path} holds {type(data).__name__}: expected keys such as {', '.join(names)}")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise InputError(f"--set {override}: expected key=value, such as --set target.sparsity=0.5")
-        try:
-            _set(data, key.split("."), yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise InputError(f"--set {override}: {value!r} is not a YAML value; check brackets and quotes") from None
-    return build(cls, data)
+        return Group.parse(group).sparsity if isinstance(group, str) else None
+    except ValueError:
+        return None
 
 
-def _set(data: dict, keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        data = data.setdefault(key, {})
-        if not isinstance(data, dict):
-            raise InputError(f"--set {'.'.join(keys)}: {key} has no keys below it")
-    data[keys[-1]] = value
-
-
-def build(cls: type, data: Any, where: str = "") -> Any:
-    """A dataclass from a mapping; unknown keys and wrong types are refused with the key's whole path."""
-    if not isinstance(data, dict):
-        raise InputError(f"{where.rstrip('.') or 'configuration'} is {data!r}: expected keys and values")
-    hints = typing.get_type_hints(cls)
-    for key in data:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            advice = f"did you mean {where}{near[0]}?" if near else f"expected one of {', '.join(hints)}"
-            raise InputError(f"unknown configuration key {where}{key}: {advice}")
-    return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in data.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, where + ".")
-    origin = typing.get_origin(hint)
-    if origin is types.UnionType:  # of a text and a number
-        hint = str if isinstance(value, str) else float
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise InputError(f"{where} is {value!r}: expected a list")
-        return tuple(_convert(typing.get_args(hint)[0], item, where) for item in value)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise InputError(f"{where} is {value!r}: expected keys and values")
-        inner = typing.get_args(hint)[1]
-        return {
-            str(key): item if inner is Any else _convert(inner, item, f"{where}.{key}") for key, item in value.items()
-        }
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        name = {str: "text", int: "a whole number", float: "a number"}.get(hint, str(hint))
-        raise InputError(f"{where} is {value!r}: expected {name}")
-    return value
+def _scores(seeds: typing.Sequence[str]) -> list[str]:
+    """Seeds without their allocations, each once."""
+    return list(dict.fromkeys(seed.partition("+")[0] for seed in seeds))
 
 
 def check_config(config: Config) -> None:
     """InputError, one line, for values that no search can run with. Does not look at models, texts or the network."""
     target, generator, data, search = config.target, config.generator, config.data, config.search
     check_name(config.name)
-    if not 0 < target.sparsity < 1:
-        raise InputError(
-            f"target.sparsity is {target.sparsity:g}: expected a number between 0 and 1, such as 0.6 for 60%"
-        )
-    for index, further in enumerate(target.further):
-        if not 0 < further.sparsity < 1:
-            raise InputError(
-                f"target.further[{index}].sparsity is {further.sparsity:g}: expected a number between 0 and 1"
-            )
+    for index, case in enumerate(target.every):
+        _check_goal(f"target.further[{index - 1}]" if index else "target", case, target.group)
+    if target.group != FREE_GROUP:
+        _check_uniform(target.group, search)
     one_of("target.combine", target.combine, ("worst", "mean"))
     one_of("target.dtype", target.dtype, DTYPES)
     one_of("generator.kind", generator.kind, GENERATOR_KINDS)
@@ -433,6 +401,33 @@ def check_config(config: Config) -> None:
             raise InputError(f"search.statistics names {name} twice: expected each once")
 
 
+def _check_goal(where: str, case: Further, own: str) -> None:
+    """own: the target's group."""
+    if not 0 < case.sparsity < 1:
+        raise InputError(
+            f"{where}.sparsity is {case.sparsity:g}: expected a number between 0 and 1, such as 0.6 for 60%"
+        )
+    share = _nm_sparsity(case.group)
+    if share is None and case.group != FREE_GROUP:
+        raise InputError(f"{where}.group is {case.group!r}: expected {FREE_GROUP}, or n:m such as 2:4, with n below m")
+    if share is None and own != FREE_GROUP:
+        raise InputError(f"{where}.group is {FREE_GROUP}, and target.group is {own}: expected n:m in every case then")
+    if share is not None and abs(case.sparsity - share) > 1e-9:
+        raise InputError(
+            f"{where}.sparsity is {case.sparsity:g}, and group {case.group} means {share:g}: give that, or leave it out"
+        )
+
+
+def _check_uniform(group: str, search: SearchPlan) -> None:
+    """n:m keeps the same share everywhere."""
+    reason = f"target.group {group} leaves no room for an allocation"
+    if search.design != "score":
+        raise InputError(f"search.design is {search.design}: {reason}; expected score")
+    if any(seed.partition("+")[2] not in ("", "uniform") for seed in search.seeds):
+        seeds, expected = (", ".join(names) for names in (search.seeds, _scores(search.seeds)))
+        raise InputError(f"search.seeds are {seeds}: {reason}; expected scores alone, such as {expected}")
+
+
 def check_name(name: str) -> None:
     """InputError for a name of a run that cannot be that of a folder."""
     if not name or "/" in name or name.startswith("."):
@@ -487,4 +482,10 @@ def difference(old: Config, new: Config) -> list[str]:
             return [line for key in {**a, **b} for line in walk(a.get(key), b.get(key), f"{where}.{key}".strip("."))]
         return [] if a == b else [f"{where}: {a!r} → {b!r}"]
 
-    return walk(old.to_dict(), new.to_dict(), "")
+    return walk(_placed(old), _placed(new), "")
+
+
+def _placed(config: Config) -> dict:
+    """As a mapping, in which files that came with a Ray job are named from its folder: Ray unpacks the next job, and
+    the same one on another cluster, somewhere else."""
+    return json.loads(re.sub(r'"/[^"]*/_ray_pkg_[0-9a-f]+/', '"', json.dumps(config.to_dict())))

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoprune.actors.messages import Messages
+from autoprune.algorithms.algorithm import Group
 from autoprune.algorithms.answers import sdsa_bounds
 from autoprune.algorithms.grammar import GIVEN, PARTS
 from autoprune.algorithms.rules import DEFAULTS
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS, SUMMARIES
 from autoprune.algorithms.written import WRITTEN_ALLOCATIONS
+from autoprune.pipeline.config import FREE_GROUP
 from autoprune.pipeline.lineage import Candidate, Lineage
 
 Count = Callable[[Messages], int]
@@ -45,7 +47,8 @@ class Setting:
     names in STATISTICS that the answer is told of. diverse: whether prompts name what exists and what failed. cases:
     where fitness is of several models or sparsities, what they are; combine: what is made of them. count: tokens of a
     prompt; limit: how many it may have, and repair: how many more where an answer and its error are in it.
-    given: how many of the parents' scores the answer builds on by name (see `algorithms.given`).
+    given: how many of the parents' scores the answer builds on by name (see `algorithms.given`). group: the n:m that
+    all prune by, or FREE_GROUP.
     """
 
     dense: float
@@ -59,6 +62,7 @@ class Setting:
     combine: str = ""
     repair: int = 0
     given: int = 0
+    group: str = FREE_GROUP
 
 
 @functools.cache
@@ -74,9 +78,10 @@ def build_prompt(
     lessons: Sequence[str] = (),
     trials: Sequence[str] = (),
 ) -> Messages:
-    """The prompt for a task: explore, crossover (either may have _allocate behind it), mutate_score, mutate_allocation,
-    mutate_allocate, simplify. (role, text) messages of at most setting.limit tokens. lessons: lines of what the whole
-    graph says (see `lessons`). trials: lines of what was tried of the first parent (see `trials`).
+    """The prompt for a task: explore, crossover (either may have _allocate behind it), mutate_score (_alone: without
+    its group), mutate_allocation, mutate_allocate, simplify. (role, text) messages of at most setting.limit tokens.
+    lessons: lines of what the whole graph says (see `lessons`). trials: lines of what was tried of the first parent
+    (see `trials`).
 
     What is too much is dropped: the oldest evidence first, never the parents; then the oldest failures; the lessons;
     the worst of what is listed as known; the trials. What is left then is longer than the limit. A function of its
@@ -171,7 +176,11 @@ def _system(setting: Setting) -> str:
     if "score" not in setting.parts:
         allocation += "\n" + template("score_given")
     form = _lines(forms[part] for part in setting.parts).format(parameters=", ".join(("W", *setting.statistics)))
-    return template("system").format(statistics=statistics, allocation=allocation, form=form)
+    group = template("group_free")
+    if setting.group != FREE_GROUP:
+        pattern = Group.parse(setting.group)
+        group = template("group_nm").format(kept=pattern.first, of=pattern.second)
+    return template("system").format(statistics=statistics, group=group, allocation=allocation, form=form)
 
 
 def _walk(lineage: Lineage, parents: tuple[str, ...]) -> list[Candidate]:

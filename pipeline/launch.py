@@ -153,8 +153,8 @@ def cluster() -> Iterator[None]:
 
 
 def experiment_of(config: Config) -> str:
-    """The MLflow experiment of a search: the configured one, or one for each task, a model at a sparsity."""
-    task = f"autoprune/{Path(config.target.model).name}@{config.target.sparsity:.0%}"
+    """The MLflow experiment of a search: the configured one, or one for each task, a model at a sparsity or n:m."""
+    task = f"autoprune/{Path(config.target.model).name}@{config.target.goal}"
     return config.tracking.experiment or (task if not config.target.further else f"{task}+{len(config.target.further)}")
 
 
@@ -237,6 +237,6 @@ def _evaluator(config: Config, pools: dict):
     target = config.target
     if not target.further:
         return pools[target.model]
-    every = zip((target, *target.further), target.cases, strict=True)
-    cases = [Case(pools[case.model], case.sparsity, name) for case, name in every]
+    every = zip(target.every, target.cases, strict=True)
+    cases = [Case(pools[case.model], case.sparsity, name, case.group) for case, name in every]
     return Cases(cases, worst=target.combine == "worst")

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from autoprune.models.footprint import Footprint, ModelSizes, Workload, footprint, known_config, model_sizes
-from autoprune.pipeline.config import SELF, Config
-from autoprune.pipeline.preparation import read_by_seeds
+from autoprune.pipeline.config import FREE_GROUP, SELF, Config
+from autoprune.pipeline.preparation import misfits, read_by_seeds
 from autoprune.pipeline.prompting import reads_prompts
 from autoprune.pipeline.search import plan_repairs
 
@@ -24,7 +24,7 @@ RATES = {
 PASSES = 10
 PARAMETERS = 1.5e9
 # Of an answer, measured over searches with Qwen2.5-Coder-1.5B: tokens, and measurements that are not on the whole
-# fitness split (the probe in both groups, the cheap windows of those that pass it).
+# fitness split (the probe in both groups where they are free, the cheap windows of those that pass it).
 ANSWER_TOKENS = 100
 PROBES, CHEAP = 2.0, 0.5
 TRIALS = 3  # of each statistic, for every new elite
@@ -57,9 +57,10 @@ def plan(config: Config, gpu_gib: float, host_gib: float | None = None) -> Plan:
     data, extra = config.data, config.search
     windows = (data.calibration_windows, data.fitness_windows, extra.fresh_windows, data.report_windows, 1)
     load = Workload(data.context, windows, read)
-    models = dict.fromkeys(case.model or config.target.model for case in (config.target, *config.target.further))
+    models = dict.fromkeys(case.model for case in config.target.every)
     dtype = config.target.dtype if config.target.dtype != "auto" else "bfloat16" if gpu_gib else "float32"
     sizes = {model: model_sizes(known_config(model), model, dtype) for model in models}
+    found.problems += misfits(config.target, sizes)
     each = evaluators.gpus_per_shard or (1.0 if gpu_gib else 0.0)
     for model, size in sizes.items():
         _add_evaluators(found, config, model, size, load, each, gpu_gib)
@@ -170,7 +171,8 @@ def _count(found: Plan, config: Config, sizes: ModelSizes) -> None:
 
     cases = 1 + len(config.target.further)
     work = found.evaluations * seconds(data.fitness_windows)
-    work += found.answers * (PROBES * seconds(128 / data.context) + CHEAP * seconds(search.cheap_windows))
+    probes = PROBES if config.target.group == FREE_GROUP else 1.0
+    work += found.answers * (probes * seconds(128 / data.context) + CHEAP * seconds(search.cheap_windows))
     if search.trials and search.diversity and reads_prompts(config):
         tried = TRIALS * search.elites + 2 * TRIALS * search.generations // 3
         work += tried * len(search.statistics) * seconds(128 / data.context)
@@ -195,7 +197,7 @@ def _count(found: Plan, config: Config, sizes: ModelSizes) -> None:
 
 def plan_lines(found: Plan, config: Config) -> Iterable[str]:
     """For people."""
-    yield f"{config.name}: {config.target.model} to {config.target.sparsity:.0%}"
+    yield f"{config.name}: {config.target.model} to {config.target.goal}"
     for row in found.actors:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in row["parts"].items() if size)
         room = f" of {row['room'] / GIB:.0f} GiB" if row["room"] else ""

@@ -7,6 +7,7 @@ import random
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from autoprune.algorithms.algorithm import UPDATES, Algorithm, Allocation, Group
@@ -16,6 +17,7 @@ from autoprune.algorithms.reader import FORMS, Function, canonical
 from autoprune.algorithms.rules import written_out
 from autoprune.algorithms.scores import BASELINES, NATIVE
 from autoprune.models.errors import InputError
+from autoprune.pipeline.config import FREE_GROUP
 from autoprune.pipeline.lineage import Candidate, mask_distance
 
 # What the baselines claim, so that the first prompts have a claim to set against the evidence.
@@ -142,8 +144,8 @@ def _functions(file: Path, text: str) -> dict[str, Function]:
         raise InputError(f"{file}: {error}") from None
 
 
-def seed(text: str) -> Candidate:
-    """A baseline as a candidate of generation 0.
+def seed(text: str, group: str = FREE_GROUP) -> Candidate:
+    """A baseline as a candidate of generation 0. group: the n:m that all prune by; else its own counts.
 
     Raises InputError as `baseline` does, and for native scores and updates: a search improves scores that can be read.
     """
@@ -151,6 +153,8 @@ def seed(text: str) -> Candidate:
     if algorithm.score in NATIVE or algorithm.update != "none":
         raise InputError(f"{text} cannot be a seed: expected a score of {', '.join(BASELINES)}, without an update")
     claims = [CLAIMS[text.partition("+")[0].partition("/")[0]], CLAIMS.get(algorithm.allocation.name, "")]
+    if group != FREE_GROUP:  # there is nothing to claim of an allocation
+        algorithm, claims = replace(algorithm, group=group), claims[:1]
     hypothesis = "; ".join(claim for claim in claims if claim)
     return Candidate(f"seed-{text}", 0, "seed", algorithm=algorithm, hypothesis=hypothesis)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,17 +12,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from autoprune.actors.storage import below
+from autoprune.algorithms.algorithm import Group
 from autoprune.algorithms.allocation import OPTIONAL
 from autoprune.algorithms.allocation import needs as features_of
+from autoprune.algorithms.probe import SHAPES
 from autoprune.algorithms.vocabulary import STATISTICS, SUMMARIES
 from autoprune.models.catalogue import CATALOGUE
 from autoprune.models.corpora import Corpus, load_corpus, overlap, token_windows
 from autoprune.models.errors import InputError
+from autoprune.models.footprint import ModelSizes, model_sizes
 from autoprune.models.loading import load_config as load_model_config
 from autoprune.models.loading import load_tokenizer, resolve_model
 from autoprune.models.masking import needs
 from autoprune.models.pruning import check_model, native_dtype
-from autoprune.pipeline.config import SELF, Config
+from autoprune.pipeline.config import FREE_GROUP, SELF, Config, Target
 from autoprune.pipeline.ledger import FRESH, PROBE
 from autoprune.pipeline.population import seed
 
@@ -49,10 +54,10 @@ class Prepared:
 def prepare_all(config: Config) -> dict[str, Prepared]:
     """Look at everything that a search is given, of every model, the target's first. Raises InputError, one line, for
     what cannot be used, and where two cases are the same."""
-    cases = [(case.model, case.sparsity) for case in (config.target, *config.target.further)]
+    cases = config.target.every
     for index, case in enumerate(cases):
         if case in cases[:index]:
-            raise InputError(f"target.further[{index - 1}] is {case[0]} at {case[1]:g}, which stands there before")
+            raise InputError(f"target.further[{index - 1}] is {case.model} at {case.goal}, which stands there before")
     for text in config.search.seeds:
         seed(text)
     splits = [(name, getattr(config.data, name)) for name in SPLITS]
@@ -63,7 +68,26 @@ def prepare_all(config: Config) -> dict[str, Prepared]:
                     f"data.{name} ({spec}) overlaps data.{other} ({other_spec}): give them different texts"
                 )
     texts = {name: load_corpus(spec) for name, spec in splits}
-    return {model: _prepare(config, model, texts) for model in dict.fromkeys(model for model, _ in cases)}
+    found = {model: _prepare(config, model, texts) for model in dict.fromkeys(case.model for case in cases)}
+    if any(case.group != FREE_GROUP for case in cases):
+        sizes = {m: model_sizes(load_model_config(one.folder), m, "float32") for m, one in found.items()}
+        for misfit in misfits(config.target, sizes):
+            raise InputError(misfit)
+    return found
+
+
+def misfits(target: Target, sizes: Mapping[str, ModelSizes]) -> Iterator[str]:
+    """A line for each n:m that cannot be cut out of its model, or of the probe's layers. sizes: by model."""
+    tried = math.gcd(*(columns for _, columns in SHAPES))
+    for index, case in enumerate(target.every):
+        if case.group == FREE_GROUP:
+            continue
+        m = Group.parse(case.group).second
+        if index == 0 and tried % m:  # other cases are not probed
+            yield f"target.group is {case.group}: expected m that divides {tried}, to try candidates on small layers"
+        uneven = sorted(count for count in sizes[case.model].inputs if count % m)
+        if uneven:
+            yield f"{case.model} has layers of {uneven[0]} inputs, which {case.group} cannot cut: choose another group"
 
 
 def _prepare(config: Config, model: str, texts: dict[str, Corpus]) -> Prepared:

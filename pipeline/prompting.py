@@ -13,7 +13,7 @@ from autoprune.algorithms.given import givens
 from autoprune.algorithms.grammar import PARTS, WRITTEN_PARTS, answer_grammar
 from autoprune.algorithms.manual import brief
 from autoprune.models.errors import InputError
-from autoprune.pipeline.config import Config
+from autoprune.pipeline.config import FREE_GROUP, Config
 from autoprune.pipeline.focus import WARMTH, focus
 from autoprune.pipeline.gcot import Count, Messages, Setting, build_prompt, plain_prompt
 from autoprune.pipeline.lessons import lessons
@@ -123,6 +123,7 @@ class Prompter:
             chosen = choices[turn % len(choices)]
             parents = self._focal(rng, parents) if chosen == "score" and plan.diversity else parents
             asked, task = self._scored if chosen == "score" else (chosen,), f"mutate_{chosen}"
+            task += "_alone" if asked == ("score",) else ""
         elif operator == "simplify":
             asked, lines = ("score",), SIMPLE_LINES
         statistics, trials = plan.statistics, ()
@@ -165,6 +166,8 @@ class Prompter:
     @property
     def parts(self) -> tuple[str, ...]:
         plan = self._config.search
+        if self._config.target.group != FREE_GROUP:
+            return ("score",)
         parts = WRITTEN_PARTS if plan.allocation == "written" else PARTS
         return {"both": parts, "score": ("group", "score"), "allocate": parts[1:2]}[plan.design]
 
@@ -188,6 +191,7 @@ class Prompter:
             diverse=plan.diversity,
             cases=target.cases,
             combine=target.combine,
+            group=target.group,
         )
 
     def request(self, slot: Slot, count: int, round_: int, offset: int) -> Request:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from autoprune.models.errors import InputError
+from autoprune.pipeline.config import Further
 from autoprune.pipeline.tracking import quiet_mlflow
 
 NAME = "pruned"  # of the logged model in its run
@@ -17,8 +18,9 @@ NAME = "pruned"  # of the logged model in its run
 def register(folder: Path, name: str = "") -> str:
     """Log the model of a finished run to the run's MLflow store, and register it. Returns its address there.
 
-    name: of the registered model; empty: of the target and the sparsity. What was logged before is registered again as
-    another version, and not copied twice. Raises InputError where the run is not finished, or MLflow has lost it.
+    name: of the registered model; empty: of the target and what it was pruned to. What was logged before is registered
+    again as another version, and not copied twice. Raises InputError where the run is not finished, or MLflow has lost
+    it.
     """
     try:
         summary = json.loads((folder / "report.json").read_text())
@@ -28,7 +30,8 @@ def register(folder: Path, name: str = "") -> str:
         where = getattr(error, "filename", None) or folder
         raise InputError(f"{folder} holds no finished run ({where} is not there): let the search end first") from None
     target = re.sub(r"[^\w.-]+", "-", Path(summary["target"]).name)
-    name = name or f"{target}-pruned-{summary['sparsity']:.0%}".replace("%", "")
+    goal = Further("", summary["sparsity"], summary.get("group", "")).goal
+    name = name or f"{target}-pruned-{goal}".replace("%", "").replace(":", "-")
     quiet_mlflow()
     import mlflow
     import mlflow.transformers

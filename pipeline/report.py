@@ -12,7 +12,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from autoprune.actors.storage import write_atomic
-from autoprune.algorithms.algorithm import Algorithm
+from autoprune.algorithms.algorithm import Algorithm, Group
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.lineage import Candidate, Lineage
@@ -24,6 +24,7 @@ from autoprune.pipeline.wording import (
     algorithm_text,
     cells,
     counts_line,
+    goal,
     headers,
     origin,
     perplexity_text,
@@ -35,9 +36,7 @@ from autoprune.pipeline.wording import (
 
 def table(summary: dict) -> Table:
     """The methods with their perplexities, dense first, the best found in bold."""
-    result = Table(
-        title=f"{summary['target']} pruned to {100 * summary['sparsity']:g}% ({summary['dtype']}, mask only)"
-    )
+    result = Table(title=f"{summary['target']} pruned to {goal(summary)} ({summary['dtype']}, mask only)")
     for index, header in enumerate(headers(summary)):
         result.add_column(header, justify="left" if index < 2 else "right")
     for row in rows(summary):
@@ -60,13 +59,13 @@ def write_report(folder: Path, lineage: Lineage, summary: dict) -> list[Path]:
         for row in rows(summary)
         if row["method"] in REFERENCES and math.isfinite(perplexity(row["fitness_nll"]))
     }
-    about = f"{summary['name']}: {summary['target']} at {100 * summary['sparsity']:g}% sparsity"
+    about = f"{summary['name']}: {summary['target']} at {goal(summary)} sparsity"
     files = {
         "report.json": _json(summary | {"algorithm": best.algorithm.to_dict()}),
         "lineage.png": lineage_png(lineage, best.id, f"Lineage of {about}"),
         "fitness.png": progress_png(lineage, references, f"Progress of {about}"),
     }
-    if best.evaluation.block_sparsities:
+    if best.evaluation.block_sparsities and Group.parse(best.algorithm.group).sparsity is None:
         others = _seeds_with_allocation(lineage, best)
         files["sparsity.png"] = sparsity_png(best, others, summary["sparsity"], f"Sparsity per block, {about}")
     files["best.py"] = best_file(lineage, summary, best).encode()
@@ -94,7 +93,7 @@ def best_file(lineage: Lineage, summary: dict, best: Candidate) -> str:
     """The best algorithm as a file that `autoprune prune --score` takes, with figures, lineage and command in
     comments."""
     corpora = summary["corpora"]
-    alone = f"{summary['target']} to {100 * summary['sparsity']:g}%"
+    alone = f"{summary['target']} to {goal(summary)}"
     targets = [case["name"] for case in summary.get("cases", ())] or [alone]
     lines = [
         f"Found by AutoPrune: {', '.join(targets)}, mask only, {summary['dtype']}; written by {summary['generator']}.",

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection
 
+from autoprune.algorithms.algorithm import Group
 from autoprune.algorithms.formula import allocation_formula, read_symbols, score_formula
 from autoprune.pipeline.lineage import Candidate, Lineage, paired_difference
 from autoprune.pipeline.wording import (
@@ -13,6 +14,7 @@ from autoprune.pipeline.wording import (
     cells,
     counts_line,
     difference_text,
+    goal,
     headers,
     measured_text,
     origin,
@@ -28,14 +30,15 @@ DENSEST = 3  # blocks that are named
 
 def report_markdown(lineage: Lineage, summary: dict, best: Candidate, pictures: Collection[str]) -> str:
     """summary: as `conclusion` makes it. pictures: names of the files that lie beside the report."""
+    densest = _densest(summary, best)
     sections = [
-        f"# {summary['name']}: pruning {summary['target']} to {100 * summary['sparsity']:g}%",
+        f"# {summary['name']}: pruning {summary['target']} to {goal(summary)}",
         result_text(summary, best.id),
         _table(summary),
         f"## The best algorithm: {best.id}\n\n```python\n{algorithm_text(best.algorithm)}```",
         _formula(best),
-        "## Where it prunes" if "sparsity.png" in pictures else "",
-        _densest(summary, best),
+        "## Where it prunes" if densest else "",
+        densest,
         _picture("Sparsity of each block", "sparsity.png", pictures),
         _picture("What pruning each block costs", "sensitivity.png", pictures),
         "## How it was found\n\n" + "\n\n".join(_chain(lineage, best)),
@@ -81,7 +84,8 @@ def _formula(best: Candidate) -> str:
     if not lines:
         return ""
     meaning = "; ".join(f"$`{symbol}`$: {text}" for symbol, text in read_symbols(best.algorithm.score).items())
-    group = {"row": "in each row", "matrix": "in each matrix"}.get(best.algorithm.group, f"by {best.algorithm.group}")
+    group = {"row": "in each row", "matrix": "in each matrix", "n:m": f"in each group of {best.algorithm.group}"}
+    group = group.get(Group.parse(best.algorithm.group).kind, f"by {best.algorithm.group}")
     text = "\n\n".join(f"```math\n{line}\n```" for line in lines)
     text = f"As a formula, the lowest scores {group} going first:\n\n{text}\n\n{meaning}."
     shares = allocation_formula(best.algorithm.allocation)
@@ -100,11 +104,14 @@ def _formula(best: Candidate) -> str:
 
 def _densest(summary: dict, best: Candidate) -> str:
     """Which blocks keep most, and what the measurements say of them."""
-    shares = best.evaluation.block_sparsities
-    if not shares or max(shares) - min(shares) < 0.005:
+    shares, group = best.evaluation.block_sparsities, Group.parse(best.algorithm.group)
+    if group.kind == "n:m":
+        text = f"In every block alike, of every {group.second} consecutive weights of a row {group.first} are kept."
+    elif not shares or max(shares) - min(shares) < 0.005:
         return "All blocks keep the same share." if shares else ""
-    order = sorted(range(len(shares)), key=shares.__getitem__)[:DENSEST]
-    text = "Kept densest: " + ", ".join(f"block {b} ({100 * (1 - shares[b]):.0f}% kept)" for b in order) + "."
+    else:
+        order = sorted(range(len(shares)), key=shares.__getitem__)[:DENSEST]
+        text = "Kept densest: " + ", ".join(f"block {b} ({100 * (1 - shares[b]):.0f}% kept)" for b in order) + "."
     cost = summary.get("sensitivity")
     if cost:
         worst = sorted(range(len(cost)), key=lambda b: -cost[b])[:DENSEST]
@@ -179,18 +186,19 @@ def _noise(lineage: Lineage, summary: dict, best: Candidate) -> str:
 
 
 def _caveats(lineage: Lineage, summary: dict, best: Candidate) -> list[str]:
-    corpora = summary["corpora"]
+    corpora, group = summary["corpora"], best.algorithm.group
+    patterned = Group.parse(group).kind == "n:m"
     return [
         f"Splits: calibration ({corpora['calibration']}) gave the statistics, the fitness split "
         f"({corpora['fitness']}) chose the winner, and the report split ({corpora['report']}) was seen by neither.",
         _noise(lineage, summary, best),
         f"Compare only with figures of the same text, context ({summary['context']} tokens), dtype "
         f"({summary['dtype']}) and dense row; word-normalised perplexities are another quantity.",
-        "GCoT and SDSA are our reconstruction: only the abstract of arXiv 2511.15390 was public, and their details "
-        "here are our own.",
+        f"{'GCoT is' if patterned else 'GCoT and SDSA are'} our reconstruction: only the abstract of arXiv 2511.15390 "
+        f"was public, and {'its' if patterned else 'their'} details here are our own.",
         "Baselines are written from their published formulas, with the same calibration statistics and budget.",
-        "The zeros are unstructured: the exported model has its original size and speed until a sparse format or "
-        "kernel is used.",
+        f"The zeros are {group if patterned else 'unstructured'}: the exported model has its original size and speed "
+        "until a sparse format or kernel is used.",
     ]
 
 

@@ -102,7 +102,7 @@ class Search:
         on fresh text."""
         self.restore()
         if self._done < 0:
-            self._commit(0, [seed(text) for text in self.config.search.seeds])
+            self._commit(0, [seed(text, self.config.target.group) for text in self.config.search.seeds])
         for generation in range(max(1, self._done + 1), self.config.search.generations + 1):
             begun = self.ledger.asked(generation, 0) or self.ledger.ended(generation) is not None
             budget = None if begun else self.ledger.exhausted()

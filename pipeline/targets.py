@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from autoprune.actors.messages import Evaluation, Probe, split_places
-from autoprune.algorithms.algorithm import Algorithm
+from autoprune.algorithms.algorithm import Algorithm, Allocation
+from autoprune.pipeline.config import FREE_GROUP
 from autoprune.pipeline.ledger import FULL, REPORT
 
 AT_A_TIME = 8  # algorithms that go through all cases together
@@ -27,11 +28,18 @@ class Pool(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """A model, whose pool this is, pruned to a sparsity. name: for people."""
+    """A model, whose pool this is, pruned to a sparsity. name: for people. group: an n:m of its own, or FREE_GROUP."""
 
     pool: Pool
     sparsity: float
     name: str
+    group: str = FREE_GROUP
+
+    def evaluate(self, jobs: Sequence[Algorithm], split: str) -> Iterator[tuple[int, Evaluation]]:
+        """As the pool, of the algorithms as they prune here: n:m leaves no room for another group, or an allocation."""
+        if self.group != FREE_GROUP:
+            jobs = [replace(job, group=self.group, allocation=Allocation()) for job in jobs]
+        return self.pool.evaluate(jobs, split, self.sparsity)
 
     def excess(self, evaluation: Evaluation, split: str) -> Evaluation:
         """The measurement in nats above the dense model's, window by window."""
@@ -90,14 +98,14 @@ class Cases:
         base, at, number = split.partition("@")
         if at:
             case = self.cases[int(number)]
-            yield from case.pool.evaluate(jobs, base, case.sparsity)
+            yield from case.evaluate(jobs, base)
             return
         # A few at a time, so that what a killed search has measured of all cases is in its journal.
         for first in range(0, len(jobs), AT_A_TIME):
             found: dict[int, list[Evaluation]] = {index: [] for index in range(len(jobs))[first : first + AT_A_TIME]}
             for case in self.cases:
                 left = [index for index, own in found.items() if all(e.error is None for e in own)]
-                for place, evaluation in case.pool.evaluate([jobs[index] for index in left], split, case.sparsity):
+                for place, evaluation in case.evaluate([jobs[index] for index in left], split):
                     usable = evaluation.error is None
                     found[left[place]].append(case.excess(evaluation, split) if usable else evaluation)
             for index, own in found.items():

@@ -6,6 +6,7 @@ import math
 
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.models.perplexity import perplexity
+from autoprune.pipeline.config import FREE_GROUP
 from autoprune.pipeline.lineage import Candidate
 
 COUNTS = ("answers", "usable", "invalid", "repeated", "screened", "surplus", "evaluated", "failed", "poison")
@@ -53,6 +54,12 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def goal(summary: dict) -> str:
+    """What was pruned to: a share, or n:m."""
+    group = summary.get("group", FREE_GROUP)  # reports of earlier versions do not have it
+    return f"{100 * summary['sparsity']:g}%" if group == FREE_GROUP else group
 
 
 def rows(summary: dict) -> list[dict]:

@@ -38,6 +38,9 @@ def test_the_model_is_registered_on_demand_and_its_weights_are_copied_once(run, 
     assert main(["register", str(run)]) == 0
     assert capsys.readouterr().out.strip() == "models:/tiny-pruned-60/1"
     assert register(run, "another-name") == "models:/another-name/1"
+    summary = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps(summary | {"sparsity": 0.5, "group": "2:4"}))
+    assert register(run) == "models:/tiny-pruned-2-4/1"
     memory = json.loads((run / "mlflow.json").read_text())
     client = mlflow.MlflowClient(memory["uri"])
     (logged,) = client.search_logged_models([memory["experiment_id"]], "name = 'pruned'")

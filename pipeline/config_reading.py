@@ -1,0 +1,109 @@
+"""Dataclasses from YAML and `--set key=value`, strictly: keys and types are checked, values are not."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from autoprune.models.errors import InputError
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes 2:4 for a text. YAML 1.1 takes it for a number to the base 60."""
+
+    yaml_implicit_resolvers = {
+        first: [("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$")), *found] if first.isdigit() else found
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def plain(value: Any) -> Any:
+    """What `dataclasses.asdict` gives, with lists for tuples: what YAML and JSON can hold."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def read_config(cls: type, path: Path, overrides: typing.Sequence[str] = ()) -> Any:
+    """A dataclass from a YAML file, with `key.subkey=value` overrides.
+
+    Raises InputError, one line, for anything that cannot be read.
+    """
+    return build(cls, read_mapping(cls, path, overrides))
+
+
+def read_mapping(cls: type, path: Path, overrides: typing.Sequence[str] = ()) -> dict:
+    """What `build` makes the dataclass of. Raises InputError, one line, for what is no mapping."""
+    try:
+        data = yaml.load(path.read_text(), _Loader) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read configuration {path}: {getattr(error, 'strerror', 'it is not text')}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{where} is not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(data, dict):
+        names = [key.name for key in dataclasses.fields(cls)]
+        raise InputError(f"{path} holds {type(data).__name__}: expected keys such as {', '.join(names)}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {override}: expected key=value, such as --set target.sparsity=0.5")
+        try:
+            _set(data, key.split("."), yaml.load(value, _Loader))
+        except yaml.YAMLError:
+            raise InputError(f"--set {override}: {value!r} is not a YAML value; check brackets and quotes") from None
+    return data
+
+
+def _set(data: dict, keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise InputError(f"--set {'.'.join(keys)}: {key} has no keys below it")
+    data[keys[-1]] = value
+
+
+def build(cls: type, data: Any, where: str = "") -> Any:
+    """A dataclass from a mapping; unknown keys and wrong types are refused with the key's whole path."""
+    if not isinstance(data, dict):
+        raise InputError(f"{where.rstrip('.') or 'configuration'} is {data!r}: expected keys and values")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            advice = f"did you mean {where}{near[0]}?" if near else f"expected one of {', '.join(hints)}"
+            raise InputError(f"unknown configuration key {where}{key}: {advice}")
+    return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where + ".")
+    origin = typing.get_origin(hint)
+    if origin is types.UnionType:  # of a text and a number
+        hint = str if isinstance(value, str) else float
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise InputError(f"{where} is {value!r}: expected a list")
+        return tuple(_convert(typing.get_args(hint)[0], item, where) for item in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{where} is {value!r}: expected keys and values")
+        inner = typing.get_args(hint)[1]
+        return {
+            str(key): item if inner is Any else _convert(inner, item, f"{where}.{key}") for key, item in value.items()
+        }
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        name = {str: "text", int: "a whole number", float: "a number"}.get(hint, str(hint))
+        raise InputError(f"{where} is {value!r}: expected {name}")
+    return value
