@@ -118,7 +118,7 @@ class MlflowTracker:
         except Exception as error:  # SQLAlchemy, requests and MLflow each have their own
             raise InputError(
                 f"MLflow at {self.uri} cannot be used: {_one_line(error)}; start the server, correct the address, "
-                f"or keep the default (a database in the run folder)"
+                f"or keep the default (a database in the folder of runs)"
             ) from error
 
     @property

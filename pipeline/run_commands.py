@@ -1,0 +1,195 @@
+"""Commands of searches and comparisons: from `search` to `report`. Nothing heavy is imported before one is run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def _run_folder(name: str) -> Path:
+    """A run by folder, or by name in runs/."""
+    from autoprune.models.errors import InputError
+
+    for folder in (Path(name), Path("runs") / name):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise InputError(f"no run {name!r}: expected a run's folder, or a name in {Path('runs').resolve()}")
+
+
+def _latest_run() -> str:
+    """The run in `runs` whose journal was written last."""
+    from autoprune.models.errors import InputError
+
+    journals = sorted(Path("runs").glob("*/journal.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not journals:
+        raise InputError(f"no run to resume in {Path('runs').resolve()}: give a CONFIG.yaml, or --resume RUN")
+    return str(journals[-1].parent)
+
+
+def search(options: argparse.Namespace) -> int:
+    from autoprune.models.errors import InputError, Lost
+    from autoprune.pipeline.config import load_config
+    from autoprune.pipeline.launch import Stopped, run_search
+    from autoprune.pipeline.run_folder import begun
+
+    resume = options.resume
+    if resume == "auto" and options.config is not None:
+        # The same command starts a run and goes on with it, as a job that is tried again needs it.
+        config = load_config(options.config, options.set)
+        resume = begun(config)
+    elif resume and options.config is not None and not Path(resume).exists() and not (Path("runs") / resume).exists():
+        config = load_config(options.config, options.set)  # its folder may be gone, and its storage not
+        if resume != config.name or not begun(config):
+            raise InputError(f"no run {resume!r}: expected a run's folder, or the name of one in {options.config}")
+    elif resume:
+        if resume == "auto":
+            resume = _latest_run()
+        # The run may have been moved, or be named from another folder: it is where it was found.
+        folder = _run_folder(resume).resolve()
+        place = [f"name={folder.name}", f"runs={folder.parent}"]
+        config = load_config(options.config or folder / "config.yaml", [*options.set, *place])
+    elif options.config is None:
+        raise InputError("nothing to search: give a CONFIG.yaml, such as configs/demo.yaml, or --resume RUN")
+    else:
+        config = load_config(options.config, options.set)
+
+    from autoprune.pipeline.progress import ConsoleProgress
+
+    progress = ConsoleProgress()
+    try:
+        folder = run_search(config, bool(resume), progress)
+    except Lost as error:
+        raise Lost(f"{error}; go on with: autoprune search --resume {config.folder}") from error
+    except Stopped as stopped:
+        progress.say(f"stopped by {stopped}; go on with: autoprune search --resume {config.folder}")
+        return 143 if str(stopped) == "SIGTERM" else 130
+    _print_report(folder)
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Exit code 1 where something does not fit."""
+    from dataclasses import asdict
+
+    import torch
+
+    from autoprune.models.errors import InputError
+    from autoprune.pipeline.config import load_config
+    from autoprune.pipeline.planning import GIB, machine_gib, plan, plan_lines
+
+    memory = options.gpu_memory
+    if memory is not None and memory < 0:
+        raise InputError(f"--gpu-memory is {memory:g}: expected 0 or more GiB")
+    if memory is None:
+        memory = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 0.0
+    config = load_config(options.config, options.set)
+    found = plan(config, memory, None if memory else machine_gib())
+    print(json.dumps(asdict(found), indent=1) if options.json else "\n".join(plan_lines(found, config)))
+    return 1 if found.problems else 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    from autoprune.pipeline.compare import CONFIG_FILE, run_comparison
+    from autoprune.pipeline.comparison import load_comparison
+    from autoprune.pipeline.launch import Stopped
+    from autoprune.pipeline.progress import ConsoleProgress
+
+    config = load_comparison(options.config, options.set)
+    progress = ConsoleProgress()
+    try:
+        folder = run_comparison(config, progress.say)
+    except Stopped as stopped:
+        progress.say(f"stopped by {stopped}; go on with: autoprune compare {config.folder / CONFIG_FILE}")
+        return 143 if str(stopped) == "SIGTERM" else 130
+    print((folder / "results.md").read_text(), end="")
+    for name in ("results.md", "results.csv"):
+        progress.say(f"written: {folder / name}")
+    return 0
+
+
+def status(options: argparse.Namespace) -> None:
+    import json
+
+    from autoprune.pipeline.status import read_status, status_lines
+
+    facts = read_status(_run_folder(options.folder))
+    print(json.dumps(facts, indent=1) if options.json else "\n".join(status_lines(facts)))
+
+
+def lineage(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from autoprune.models.errors import InputError
+    from autoprune.pipeline.asking import (
+        OPERATORS,
+        VERDICTS,
+        chosen,
+        facts,
+        find,
+        reasoning,
+        reasoning_lines,
+        stored_lineage,
+        table,
+    )
+    from autoprune.pipeline.config import one_of
+    from autoprune.pipeline.lineage import STATUSES
+
+    folder = _run_folder(options.folder)
+    lineage = stored_lineage(folder)
+    filters = options.operator, options.status, options.verdict
+    kinds = (OPERATORS, STATUSES, VERDICTS)
+    for name, value, known in zip(("operator", "status", "verdict"), filters, kinds, strict=True):
+        if value is not None:
+            one_of(f"--{name}", value, known)
+    if options.html is not None:
+        if options.of or options.json or any(filters):
+            raise InputError("--html writes the whole graph: leave out the other options")
+        from autoprune.pipeline.checkpoint import write_atomic
+        from autoprune.pipeline.lineage_page import lineage_html
+
+        write_atomic(options.html, lineage_html(lineage, find(lineage, "best").id, folder.resolve().name).encode())
+        print(options.html)
+        return
+    if options.of is not None:
+        if any(filters):
+            raise InputError("--of shows one candidate's ancestors: leave out --operator, --status and --verdict")
+        candidate = find(lineage, options.of)
+        chain = reasoning(lineage, candidate)
+        print(json.dumps(chain, indent=1) if options.json else "\n".join(reasoning_lines(lineage, candidate)))
+        return
+    candidates = chosen(lineage, *filters)
+    if options.json:
+        print(json.dumps([facts(lineage, candidate) for candidate in candidates], indent=1))
+        return
+    # Whoever reads it from a pipe wants a line for each candidate.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 10_000).print(table(lineage, candidates))
+
+
+def show(options: argparse.Namespace) -> None:
+    from autoprune.pipeline.asking import find, shown, shown_text, stored_lineage
+    from autoprune.pipeline.config import load_config
+
+    folder = _run_folder(options.folder)
+    lineage = stored_lineage(folder)
+    found = shown(lineage, find(lineage, options.candidate), load_config(folder / "config.yaml"))
+    print(json.dumps(found, indent=1) if options.json else shown_text(found), end="\n" if options.json else "")
+
+
+def register(options: argparse.Namespace) -> None:
+    from autoprune.pipeline.registering import register
+
+    print(register(_run_folder(options.folder), options.name))
+
+
+def report(options: argparse.Namespace) -> None:
+    _print_report(_run_folder(options.folder))
+
+
+def _print_report(folder: Path) -> None:
+    from rich.console import Console
+
+    from autoprune.pipeline.report import print_report
+
+    print_report(folder, Console())
