@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from autoprune.models.loading import resolve_model
 from autoprune.models.masking import planned_sparsities
 from autoprune.models.shard import ModelShard, ShardReport
 from autoprune.models.shard_state import FACTS, VERSIONS, read_state, state_digest, tensors_digest, write_state
+
+PIECE = 1 << 26  # bytes of a file that travel at a time
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,25 @@ class EvaluatorShard:
             return Probe(str(error))
         return Probe(None, result.mask, result.mask_hash)
 
-    def export(self, file: Path, algorithm: Algorithm, sparsities: Sparsities) -> dict[str, dict]:
-        return self.shard.export([file], algorithm, self._own(sparsities))
+    def export(self, file: Path, algorithm: Algorithm, sparsities: Sparsities) -> tuple[dict[str, dict], bool]:
+        """Write this shard's part of the pruned model: to `file`, where this machine sees the driver's folder, which is
+        what the second value says; else to a file of its own, until `part` has handed it over."""
+        seen = self._sees(file.parent)
+        if not seen:
+            self._part = Path(tempfile.mkdtemp(prefix="autoprune-")) / file.name
+        return self.shard.export([file if seen else self._part], algorithm, self._own(sparsities)), seen
+
+    def part(self) -> Iterator[bytes]:
+        """The file that `export` wrote, piece by piece; it is gone afterwards."""
+        try:
+            with open(self._part, "rb") as file:
+                while piece := file.read(PIECE):
+                    yield piece
+        finally:
+            shutil.rmtree(self._part.parent)
+
+    def _sees(self, folder: Path) -> bool:
+        return folder.is_dir()
 
     def _own(self, sparsities: Sparsities) -> Sparsities:
         """This shard's part of those of all blocks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,6 +103,23 @@ class Storage:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(path), data)
 
+    def take(self, file: Path, name: str) -> None:
+        """Replace a file by a copy of one of this machine, however large."""
+        if self.local is None:
+            self._make_folder(name)
+            place = {"source_filesystem": fs.LocalFileSystem(), "destination_filesystem": self._fs}
+            fs.copy_files(str(file), self._path(name), **place)
+            return
+        path = Path(self._path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            shutil.copyfile(file, temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
     def names(self, folder: str = "") -> list[str]:
         """Files below a folder, by their names here, in order."""
         root = self._path(folder)
@@ -147,13 +165,7 @@ class Storage:
             files = sorted(Path(made).iterdir(), key=lambda path: (path.name == last, path.name))
             self.delete(f"{folder}/{last}")
             for path in files:
-                self._make_folder(f"{folder}/{path.name}")
-                fs.copy_files(
-                    str(path),
-                    self._path(f"{folder}/{path.name}"),
-                    source_filesystem=fs.LocalFileSystem(),
-                    destination_filesystem=self._fs,
-                )
+                self.take(path, f"{folder}/{path.name}")
 
     def _make_folder(self, name: str) -> None:
         """Of a file, once: an object store has no folders, others need them."""

@@ -30,6 +30,7 @@ from autoprune.pipeline.sensitivity import sensitivity
 
 # That are no models.
 WRITERS = {"scripted": "scripted answers", "grammar": "the grammar, at random", "genetic": "variation, at random"}
+MODEL = "model"  # folder of a run that holds the pruned model
 
 
 def conclude(
@@ -53,7 +54,7 @@ def conclude(
     measured = [(search.evaluator.dense["fitness"], pool.dense["report"])]
     measured += [(c.evaluation, e) for (_, c), e in zip(rows[1:], reported, strict=True)]
     table = [_row(method, candidate, *pair) for (method, candidate), pair in zip(rows, measured, strict=True)]
-    model = folder / "model"
+    model = folder / MODEL
     if model.exists() and json.loads((model / SIDECAR).read_text()).get("candidate") != best.id:
         shutil.rmtree(model)  # of an earlier end, before the budget was raised
     if not model.exists():

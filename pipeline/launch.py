@@ -13,9 +13,9 @@ from pathlib import Path
 from autoprune.actors.storage import Storage
 from autoprune.models.checkpoint_files import checkpoint_bytes
 from autoprune.models.errors import InputError
-from autoprune.models.export import check_space
+from autoprune.models.export import SIDECAR, check_space
 from autoprune.models.loading import resolve_model
-from autoprune.pipeline.conclusion import conclude
+from autoprune.pipeline.conclusion import MODEL, conclude
 from autoprune.pipeline.config import Config
 from autoprune.pipeline.gcot import VERSION
 from autoprune.pipeline.ledger import JOURNAL
@@ -215,6 +215,9 @@ def _run(
         artifacts, metrics, note = conclude(
             config, folder, pool, search, hashes, (tracker.ui_command, tracker.run_address), progress
         )
+        if mirror is not None:
+            model = sorted((folder / MODEL).iterdir(), key=lambda path: path.name == SIDECAR)
+            mirror.concluded([*artifacts, *model])
         ended = "FINISHED"
     except KeyboardInterrupt:
         ended = "KILLED"

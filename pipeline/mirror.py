@@ -62,6 +62,19 @@ class Mirror:
                 f"storage {self._storage.uri} lacks {len(records) - self._sent} records: the run's folder has them"
             )
 
+    def concluded(self, files: Sequence[Path]) -> None:
+        """Copy what the search ended with: files of the run's folder, in this order. They take the place of
+        those of an earlier end."""
+        names = [file.relative_to(self._folder).as_posix() for file in files]
+        folders = sorted({name.partition("/")[0] for name in names if "/" in name})
+        try:
+            for folder in folders:
+                self._storage.delete(*(name for name in self._storage.names(folder) if name not in names))
+            for file, name in zip(files, names, strict=True):
+                self._storage.take(file, name)
+        except OSError as error:
+            self._say(f"storage {self._storage.uri} lacks what the search ended with ({error}): {self._folder} has it")
+
     def _append(self, records: Sequence[dict]) -> None:
         if self._sent < len(records):
             self._write_journal(self._sent, records)

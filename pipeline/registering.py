@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from autoprune.models.errors import InputError
+from autoprune.models.export import SIDECAR
+from autoprune.pipeline.conclusion import MODEL
 from autoprune.pipeline.config import Further
 from autoprune.pipeline.tracking import quiet_mlflow
 
@@ -25,7 +27,7 @@ def register(folder: Path, name: str = "") -> str:
     try:
         summary = json.loads((folder / "report.json").read_text())
         memory = json.loads((folder / "mlflow.json").read_text())
-        details = json.loads((folder / "model" / "autoprune.json").read_text())
+        details = json.loads((folder / MODEL / SIDECAR).read_text())
     except (OSError, ValueError) as error:
         where = getattr(error, "filename", None) or folder
         raise InputError(f"{folder} holds no finished run ({where} is not there): let the search end first") from None
@@ -51,7 +53,7 @@ def register(folder: Path, name: str = "") -> str:
         else:
             with mlflow.start_run(memory["run_id"], log_system_metrics=False):
                 model_id = mlflow.transformers.log_model(
-                    transformers_model=str(folder / "model"),
+                    transformers_model=str(folder / MODEL),
                     name=NAME,
                     task="text-generation",
                     pip_requirements=[f"{package}=={version(package)}" for package in ("torch", "transformers")],

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from autoprune.actors.evaluator import EvaluatorShard
@@ -312,3 +313,33 @@ def test_shard_bounds_cover_every_block_once(blocks, shards):
     assert [block for start, stop in bounds for block in range(start, stop)] == list(range(blocks))
     sizes = [stop - start for start, stop in bounds]
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_machines_that_share_no_folder_hand_their_parts_over(tiny_model, tmp_path):
+    def elsewhere() -> type:
+        class Elsewhere(EvaluatorShard):
+            def __init__(self, *arguments, **options):
+                from autoprune.actors import evaluator
+
+                evaluator.PIECE = 1000
+                super().__init__(*arguments, **options)
+
+            def _sees(self, folder):
+                return False
+
+        return Elsewhere
+
+    parts = []
+    for name, actor in (("shared", EvaluatorShard), ("apart", elsewhere())):
+        pool = make_pool(tiny_model, actor)
+        sidecar = pool.export(tmp_path / name, JOBS[1], {"candidate": "c"})
+        kept = ray.get(
+            [one.__ray_call__.remote(lambda self: str(getattr(self, "_part", ""))) for one in pool._replicas[0].actors]
+        )
+        assert not any(Path(path).exists() for path in kept if path), "a copy stayed behind"
+        assert any(kept) == (name == "apart")
+        pool.stop()
+        files = sorted(path.name for path in (tmp_path / name).iterdir())
+        parts.append((sidecar, {file: (tmp_path / name / file).read_bytes() for file in files}))
+    assert parts[0] == parts[1]
+    assert sum(name.endswith(".safetensors") for name in parts[0][1]) == 2

@@ -116,6 +116,10 @@ def test_it_does_what_it_says(command: Command, place: Place, monkeypatch, capsy
     for option in ("--out", "--html"):
         if option in words:
             assert Path(words[words.index(option) + 1]).exists()
+    for storage in (word.partition("=")[2] for word in words if word.startswith("storage=")):
+        (name,) = (word.partition("=")[2] for word in words if word.startswith("name="))
+        kept = {path.relative_to(f"{storage}/{name}").as_posix() for path in Path(storage, name).rglob("*")}
+        assert kept >= {"report.html", "best.py", "lineage.json", "model/model.safetensors", "model/autoprune.json"}
 
 
 @pytest.mark.parametrize("command", SETS, ids=str)

@@ -105,6 +105,23 @@ def test_a_storage_that_is_away_is_left_alone_for_a_while_and_tried_once_more_at
     assert (tmp_path / "run" / "journal.jsonl").read_bytes().count(b"\n") == 5
 
 
+def test_what_a_search_ended_with_replaces_an_earlier_end(storage, tmp_path):
+    run, said = tmp_path / "run", []
+    (run / "model").mkdir(parents=True)
+    for name in ("report.html", "model/part-1", "model/part-2", "model/autoprune.json"):
+        (run / name).write_text(f"first {name}")
+    mirror = Mirror(storage, said.append, run)
+    mirror.concluded([run / "report.html", *sorted((run / "model").iterdir())])
+    (run / "model" / "part-2").unlink()
+    (run / "model" / "part-1").write_text("second")
+    mirror.concluded([run / "report.html", *sorted((run / "model").iterdir())])
+    assert storage.names("model") == ["model/autoprune.json", "model/part-1"]
+    assert storage.read("model/part-1") == b"second" and storage.read("report.html") == b"first report.html"
+    assert not said
+    mirror.concluded([run / "report.html", run / "model" / "part-2"])  # it cannot be read
+    assert len(said) == 1 and "lacks what the search ended with" in said[0] and str(run) in said[0]
+
+
 def test_what_a_kill_leaves_of_a_journal_that_was_being_joined_is_whole(storage, tmp_path):
     records = [{"n": number} for number in range(4)]
     mirror = Mirror(storage, print, tmp_path)

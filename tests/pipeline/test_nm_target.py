@@ -58,7 +58,8 @@ class Pool(LocalEvaluator):
         sparsities = planned_sparsities(algorithm, self._profiles, self._sparsity)
 
         def write(paths):
-            return [shard.export(path, algorithm, sparsities) for shard, path in zip(self._shards, paths, strict=True)]
+            pairs = zip(self._shards, paths, strict=True)
+            return [shard.export(path, algorithm, sparsities)[0] for shard, path in pairs]
 
         return export(self.folder, out, len(self._shards), write, algorithm, self._sparsity, sparsities, details)
 
