@@ -1,0 +1,109 @@
+"""Two shards against one, with real work: how long the same candidates take, and how much memory an actor needs.
+
+    python bench/scaling/shards.py                     # about 10 minutes on 2 cores
+    python bench/scaling/shards.py --candidates 24
+
+One thread per actor. Ideal is the time of one actor, over the actors that share its work: what is missing is the
+filling and emptying of the pipeline, blocks of different cost, the head of the model, which the last shard has, and
+transport.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from autoprune.actors.placement import ActorResources
+from autoprune.actors.pool import EvaluatorPool
+from autoprune.algorithms.algorithm import Algorithm
+from autoprune.pipeline.config import Config, load_config
+from autoprune.pipeline.population import seed
+from autoprune.pipeline.preparation import Prepared, pool_plan, prepare_all, settled
+
+HERE = Path(__file__).resolve().parent
+SETUPS = ((1, 1), (2, 1), (1, 2))  # shards, replicas
+SCORES = ("wanda", "ria", "magnitude")
+
+
+def candidates(count: int) -> list[Algorithm]:
+    """Different ones: no evaluation is shared between two."""
+    found = [seed(f"{SCORES[i % len(SCORES)]}+sdsa:m={0.1 + 0.01 * (i // len(SCORES)):.2f}") for i in range(count)]
+    return [one.algorithm for one in found]
+
+
+def memory() -> list[float]:
+    """MB that belong to each evaluator alone, without the pages that it shares with others, such as libraries."""
+    found = []
+    for process in psutil.process_iter(["name", "environ"]):
+        line = " ".join(process.cmdline()) if process.pid != os.getpid() else ""
+        if line.startswith("ray::EvaluatorShard") and os.environ["SHARDS_BENCH"] in str(process.environ()):
+            found.append(process.memory_full_info().uss / 1e6)
+    return sorted(found)
+
+
+def configuration(folder: str, shards: int = 1, replicas: int = 1) -> Config:
+    settings = [
+        f"runs={folder}",
+        "data.report_windows=1",
+        "data.calibration_windows=8",
+        "evaluators.threads=1",
+        "search.seeds=[wanda+sdsa]",
+    ]
+    settings += ["search.statistics=[x_norm]", f"evaluators.shards={shards}", f"evaluators.replicas={replicas}"]
+    return settled(load_config(HERE.parent / "search" / "search.yaml", settings))
+
+
+def measure(config: Config, prepared: Prepared, work: list[Algorithm]) -> dict:
+    pool = EvaluatorPool(pool_plan(config, prepared, ActorResources(0.001, 0, "cpu")), print)
+    try:
+        pool.start()
+        began = time.monotonic()
+        found = [evaluation for _, evaluation in pool.evaluate(work)]
+        seconds = time.monotonic() - began
+        assert all(evaluation.error is None for evaluation in found)
+        return {"seconds": seconds, "memory": memory(), "nlls": sorted(e.nll for e in found)}
+    finally:
+        pool.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--candidates", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=2)
+    options = parser.parse_args()
+    import ray
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SHARDS_BENCH"] = folder  # marks the actors, which inherit it
+        config = configuration(folder)
+        prepared = prepare_all(config)[config.target.model]
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        work = candidates(options.candidates)
+        rows = {setup: [] for setup in SETUPS}
+        for _ in range(options.repeats):
+            for setup in SETUPS:
+                rows[setup].append(measure(configuration(folder, *setup), prepared, work))
+                print(setup, f"{rows[setup][-1]['seconds']:.1f} s", flush=True)
+    first = rows[1, 1]
+    print(f"\n{config.target.model}, {len(work)} candidates, {options.repeats} times in turn; one thread per actor\n")
+    print("| shards | replicas | seconds | of the ideal | MB per actor | measures the same |")
+    print("|---:|---:|---:|---:|---:|---|")
+    for (shards, replicas), found in rows.items():
+        seconds = [one["seconds"] for one in found]
+        shares = [a["seconds"] / (shards * replicas) / b["seconds"] for a, b in zip(first, found, strict=True)]
+        same = all(one["nlls"] == first[0]["nlls"] for one in found)
+        print(
+            f"| {shards} | {replicas} | {' '.join(f'{s:.1f}' for s in seconds)} | "
+            f"{statistics.fmean(shares):.2f} ({min(shares):.2f}–{max(shares):.2f}) | "
+            f"{', '.join(f'{m:,.0f}' for m in found[-1]['memory'])} | {'yes' if same else 'no'} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
