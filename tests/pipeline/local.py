@@ -10,7 +10,7 @@ import torch
 from autoprune.actors.chance import BY_CHANCE
 from autoprune.actors.evaluator import EvaluatorShard
 from autoprune.actors.generator import ScriptedGenerator
-from autoprune.actors.messages import Evaluation
+from autoprune.actors.messages import Evaluation, Probe
 from autoprune.actors.pool import split_windows
 from autoprune.models.masking import planned_sparsities
 from autoprune.pipeline.config import Config, Data, Generator, SearchPlan, Target
@@ -35,7 +35,8 @@ def small_config(folder: Path) -> Config:
 class LocalEvaluator:
     """The Evaluator protocol over shards in this process, bounds saying where each begins and ends.
 
-    measured: every measurement that was made, as (key of the algorithm, split).
+    measured: every measurement that was asked for, as (key of the algorithm, split). What was measured or probed before
+    is not computed anew, which changes nothing: the shards are deterministic.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class LocalEvaluator:
         self._sparsity = sparsity
         self.dense = {split: self._forward(split, None, None) for split in self._splits}
         self.measured: list[tuple[str, str]] = []
+        self._known: dict[tuple, Evaluation | Probe] = {}
         self.die_after = die_after
 
     def _forward(self, split, algorithm, sparsities) -> Evaluation:
@@ -70,7 +72,10 @@ class LocalEvaluator:
         return Evaluation(sum(nlls) / len(nlls), 15 * len(nlls), tuple(nlls), shares, tuple(errors), sparsity, 0.5)
 
     def probe(self, algorithms):
-        return [self._shards[0].probe(algorithm, self._sparsity) for algorithm in algorithms]
+        for algorithm in algorithms:
+            if algorithm.key not in self._known:
+                self._known[algorithm.key] = self._shards[0].probe(algorithm, self._sparsity)
+        return [self._known[algorithm.key] for algorithm in algorithms]
 
     def evaluate(self, jobs, split="fitness", sparsity=None):
         # The last first: results must be committed in the order of the jobs, whatever order they come in.
@@ -78,8 +83,11 @@ class LocalEvaluator:
             if self.die_after is not None and len(self.measured) >= self.die_after:
                 raise KeyboardInterrupt
             self.measured.append((jobs[index].key, split))
-            sparsities = planned_sparsities(jobs[index], self._profiles, sparsity or self._sparsity)
-            yield index, self._forward(split, jobs[index], sparsities)
+            place = (jobs[index].key, split, sparsity or self._sparsity)
+            if place not in self._known:
+                sparsities = planned_sparsities(jobs[index], self._profiles, place[2])
+                self._known[place] = self._forward(split, jobs[index], sparsities)
+            yield index, self._known[place]
 
 
 class ListTracker:
