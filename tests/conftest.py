@@ -1,4 +1,4 @@
-"""What several tests share: tiny models made on the spot, and one Ray cluster for the whole session."""
+"""What several tests share: a tiny model made on the spot, one search on it, and one Ray cluster for the session."""
 
 import os
 import shutil
@@ -27,6 +27,17 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def whole(tiny_model, tmp_path_factory) -> Path:
+    """The folder of a search on a tiny model that nobody disturbs, for those to be compared with that somebody does."""
+    from searches import brief, run, search_command
+
+    runs = tmp_path_factory.mktemp("runs")
+    done = run(search_command("smoke.yaml", runs, *brief(tiny_model), "name=whole"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return runs / "whole"
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from ports import free_port
+from searches import command, no_process_of, run, search_command
 
 from autoprune.actors.generator import OpenAIGenerator
 from autoprune.actors.messages import Request
@@ -23,10 +24,8 @@ from autoprune.algorithms.answers import parse_answer
 from autoprune.algorithms.grammar import answer_grammar
 from autoprune.algorithms.probe import probe
 from autoprune.models.errors import InputError
-from autoprune.pipeline.checkpoint import Journal
 from autoprune.pipeline.lineage import Lineage
 
-ROOT = Path(__file__).parents[1]
 SMALL = [
     "data.context=128",
     "data.calibration_windows=8",
@@ -36,41 +35,6 @@ SMALL = [
     "search.fresh_windows=2",
     "search.tuning=2",
 ]
-SMALLER = ["search.sensitivity=false", "data.context=64", "data.report_windows=1", "search.seeds=[wanda]"]
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "autoprune", *map(str, arguments)]
-
-
-def search_command(config: str, runs: Path, *settings: str) -> list[str]:
-    pairs = [part for setting in (f"runs={runs}", *settings) for part in ("--set", setting)]
-    return command("search", ROOT / "configs" / config, *pairs)
-
-
-def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, **options)
-
-
-def no_process_of(folder: Path, patience: float = 30.0) -> bool:
-    """Whether, within `patience` seconds, no process is left whose environment or command names the folder."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        alive = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            # Ray's own agents notice only after a while that their raylet is gone.
-            agent = b"DashboardAgent" in text or b"RuntimeEnvAgent" in text
-            if state != "Z" and not agent and str(folder).encode() in text and int(entry.name) != os.getpid():
-                alive.append(entry.name)
-        if not alive:
-            return True
-        time.sleep(0.5)
-    return False
 
 
 @pytest.fixture(scope="module")
@@ -260,67 +224,3 @@ def test_vllm_serves_the_checkpoint_to_the_openai_generator(walk):
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
-
-
-def measured_keys(folder: Path) -> list[tuple[str, str]]:
-    return [(r["key"], r["split"]) for r in Journal(folder / "journal.jsonl") if r["kind"] == "evaluation"]
-
-
-def lineage_without_clock(folder: Path) -> dict:
-    lineage = json.loads((folder / "lineage.json").read_text())
-    assert len(lineage["candidates"]) > 3
-    for candidate in lineage["candidates"]:
-        (candidate["evaluation"] or {}).pop("seconds", None)
-    return lineage
-
-
-def test_a_killed_driver_resumes_without_measuring_twice(tmp_path):
-    """SIGKILL in generation 2, then --resume: the same lineage as undisturbed, each algorithm measured once."""
-    undisturbed = run(search_command("smoke.yaml", tmp_path, *SMALLER, "name=whole"))
-    assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
-
-    folder = tmp_path / "killed"
-    # Ray's processes inherit the driver's environment: the folder in it marks them as this search's.
-    environment = os.environ | {"AUTOPRUNE_TEST": str(tmp_path)}
-    driver = subprocess.Popen(
-        search_command("smoke.yaml", tmp_path, *SMALLER, "name=killed"), cwd=ROOT, env=environment
-    )
-    deadline = time.monotonic() + 300
-    while not (folder / "checkpoint" / "generation-0001").exists():
-        assert driver.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    assert not (folder / "report.md").exists()
-    assert no_process_of(tmp_path), "an actor outlived its driver"
-
-    resumed = run(command("search", "--resume", folder))
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    keys = measured_keys(folder)
-    assert len(keys) == len(set(keys)), "a finished candidate was evaluated again"
-    assert sorted(keys) == sorted(measured_keys(tmp_path / "whole"))
-
-    assert lineage_without_clock(folder) == lineage_without_clock(tmp_path / "whole")
-
-
-def test_sigterm_stops_the_search_cleanly(tmp_path):
-    """Stopped by SIGTERM: exit code 143, the way to go on, MLflow says KILLED, nothing left."""
-    from mlflow import MlflowClient
-
-    folder = tmp_path / "stopped"
-    environment = os.environ | {"AUTOPRUNE_TEST": str(tmp_path)}
-    arguments = search_command("smoke.yaml", tmp_path, *SMALLER, "name=stopped")
-    driver = subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 300
-    while not (folder / "checkpoint" / "generation-0000").exists():
-        assert driver.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    driver.send_signal(signal.SIGTERM)
-    _, said = driver.communicate(timeout=60)
-    assert driver.returncode == 143, said
-    assert f"autoprune search --resume {folder}" in said
-    assert "Traceback" not in said
-    assert no_process_of(tmp_path)
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
-    assert client.get_run(run_id).info.status == "KILLED"
