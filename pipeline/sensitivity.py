@@ -25,16 +25,23 @@ def sensitivity(
     """Nats per token above the dense model, for each block, where that block alone is pruned to `sparsity`, MOST at
     most, by the algorithm's score and group, on some windows of the fitness split. None where a block cannot be
     measured."""
-    numels, costs, sparsity = pool.numels, [], min(sparsity, MOST)
+    numels, sparsity = pool.numels, min(sparsity, MOST)
+    costs: dict[int, float | None] = {}
     dense = subset_nll(pool.dense["fitness"], windows)
     split = f"fitness[{','.join(map(str, windows))}]"
-    for block, numel in enumerate(numels):
-        shares = tuple(sparsity if other == block else 0.0 for other in range(len(numels)))
-        alone = replace(algorithm, allocation=Allocation("explicit", values=shares))
+    for numel in sorted(set(numels)):  # blocks of one size together, so that all evaluators have work
+        blocks = [block for block, other in enumerate(numels) if other == numel]
+        alone = [
+            replace(algorithm, allocation=Allocation("explicit", values=_only(block, len(numels), sparsity)))
+            for block in blocks
+        ]
         # The share of all weights: then the values are met as they are.
-        ((_, evaluation),) = pool.evaluate([alone], split, sparsity * numel / sum(numels))
-        if evaluation.nll is None:
-            return None
-        costs.append(evaluation.nll - dense)
-        step(block + 1, len(numels))
-    return costs
+        for index, evaluation in pool.evaluate(alone, split, sparsity * numel / sum(numels)):
+            costs[blocks[index]] = None if evaluation.nll is None else evaluation.nll - dense
+            step(len(costs), len(numels))
+    found = [costs[block] for block in range(len(numels))]
+    return None if None in found else found
+
+
+def _only(block: int, blocks: int, sparsity: float) -> tuple[float, ...]:
+    return tuple(sparsity if other == block else 0.0 for other in range(blocks))

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -30,14 +32,23 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(tiny_model, tmp_path_factory) -> Path:
-    """The folder of a search on a tiny model that nobody disturbs, for those to be compared with that somebody does."""
-    from searches import brief, run, search_command
+def whole(tiny_model, tmp_path_factory) -> Iterator[Callable[[], Path]]:
+    """A search on a tiny model that nobody disturbs, for those to be compared with that somebody does. It runs beside
+    the first of these; to call it waits for its end, and gives its folder."""
+    from searches import ROOT, brief, search_command
 
     runs = tmp_path_factory.mktemp("runs")
-    done = run(search_command("smoke.yaml", runs, *brief(tiny_model), "name=whole"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    return runs / "whole"
+    log = runs / "whole.log"
+    with log.open("w") as file:
+        arguments = search_command("smoke.yaml", runs, *brief(tiny_model), "name=whole")
+        search = subprocess.Popen(arguments, cwd=ROOT, stdout=file, stderr=file)
+
+    def ended() -> Path:
+        assert search.wait(300) == 0, log.read_text()[-2000:]
+        return runs / "whole"
+
+    yield ended
+    search.terminate()  # where nobody waited for it
 
 
 @pytest.fixture(scope="session")

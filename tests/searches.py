@@ -32,6 +32,9 @@ def brief(model: Path) -> list[str]:
     return [
         f"target.model={model}",
         "data.context=64",
+        "data.calibration=wikipedia-sample[0:2]",
+        "data.fitness=wikipedia-sample[40:42]",
+        "data.report=wikipedia-sample[70:71]",
         "data.report_windows=1",
         "search.sensitivity=false",
         "search.seeds=[wanda]",

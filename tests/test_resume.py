@@ -53,6 +53,6 @@ def test_a_search_that_is_stopped_and_killed_ends_as_one_that_is_left_alone(whol
 
     done = run(go_on)
     assert done.returncode == 0, done.stderr[-2000:]
-    check_same_end(folder, whole)
+    check_same_end(folder, whole())
     ended = mlflow_run(folder).info
     assert (ended.run_id, ended.status) == (stopped.run_id, "FINISHED")

@@ -260,6 +260,8 @@ def test_the_others_work_on_while_a_replica_is_made_anew(two, monkeypatch):
 def test_an_evaluator_that_comes_back_with_another_model_gets_no_work(tiny_model, two, monkeypatch):
     import ray
 
+    while two._starting:  # after the test before
+        two._look_after(0.2)
     said = []
     monkeypatch.setattr(two, "_report", said.append)
     monkeypatch.setattr(two, "_digest", ["other"])

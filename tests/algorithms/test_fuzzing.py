@@ -5,7 +5,7 @@ import os
 from fuzzing import CORPUS, broken_promise, fuzz, warm_up
 from watching import Watch
 
-SECONDS = float(os.environ.get("AUTOPRUNE_FUZZ_SECONDS", 30))
+SECONDS = float(os.environ.get("AUTOPRUNE_FUZZ_SECONDS", 12))
 
 
 def test_no_mutation_breaks_a_promise():

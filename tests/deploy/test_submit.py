@@ -189,7 +189,7 @@ def test_a_job_that_is_stopped_and_submitted_again_ends_as_one_that_is_left_alon
     second = run(head.submit("second", search, changed), env=head.environment)
     assert second.returncode == 0, second.stdout[-3000:]
     assert "best found" in second.stdout
-    check_same_end(folder, whole)
+    check_same_end(folder, whole())
     ended = mlflow_run(folder).info
     assert (ended.run_id, ended.status) == (stopped.run_id, "FINISHED")
 
