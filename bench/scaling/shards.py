@@ -11,13 +11,13 @@ transport.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import psutil
+import ray
 
 from autoprune.actors.placement import ActorResources
 from autoprune.actors.pool import EvaluatorPool
@@ -37,14 +37,11 @@ def candidates(count: int) -> list[Algorithm]:
     return [one.algorithm for one in found]
 
 
-def memory() -> list[float]:
+def memory(pool: EvaluatorPool) -> list[float]:
     """MB that belong to each evaluator alone, without the pages that it shares with others, such as libraries."""
-    found = []
-    for process in psutil.process_iter(["name", "environ"]):
-        line = " ".join(process.cmdline()) if process.pid != os.getpid() else ""
-        if line.startswith("ray::EvaluatorShard") and os.environ["SHARDS_BENCH"] in str(process.environ()):
-            found.append(process.memory_full_info().uss / 1e6)
-    return sorted(found)
+    actors = [actor for replica in pool._replicas for actor in replica.actors]
+    found = ray.get([actor.__ray_call__.remote(lambda _: psutil.Process().memory_full_info().uss) for actor in actors])
+    return [one / 1e6 for one in found]
 
 
 def configuration(folder: str, shards: int = 1, replicas: int = 1) -> Config:
@@ -67,7 +64,7 @@ def measure(config: Config, prepared: Prepared, work: list[Algorithm]) -> dict:
         found = [evaluation for _, evaluation in pool.evaluate(work)]
         seconds = time.monotonic() - began
         assert all(evaluation.error is None for evaluation in found)
-        return {"seconds": seconds, "memory": memory(), "nlls": sorted(e.nll for e in found)}
+        return {"seconds": seconds, "memory": memory(pool), "nlls": sorted(e.nll for e in found)}
     finally:
         pool.stop()
 
@@ -77,10 +74,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
-    import ray
-
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["SHARDS_BENCH"] = folder  # marks the actors, which inherit it
         config = configuration(folder)
         prepared = prepare_all(config)[config.target.model]
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
