@@ -25,19 +25,25 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file by `data`: whoever reads, whenever the power goes, sees the old bytes or the new ones."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place once it is whole, and goes where it does not become so."""
     # The process id keeps two writers of one file from sharing their temporary file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file by `data`: whoever reads, whenever the power goes, sees the old bytes or the new ones."""
+    with _replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     sync_folder(path.parent)
 
 
@@ -112,13 +118,8 @@ class Storage:
             return
         path = Path(self._path(name))
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with _replacing(path) as temporary:
             shutil.copyfile(file, temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
     def names(self, folder: str = "") -> list[str]:
         """Files below a folder, by their names here, in order."""

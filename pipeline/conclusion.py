@@ -24,13 +24,12 @@ from autoprune.pipeline.lineage import STATUSES, paired_difference
 from autoprune.pipeline.preparation import SPLITS
 from autoprune.pipeline.report import write_report
 from autoprune.pipeline.report_markdown import result_text
-from autoprune.pipeline.run_folder import CONFIG_FILE
+from autoprune.pipeline.run_folder import CONFIG_FILE, MODEL
 from autoprune.pipeline.search import Progress, Search
 from autoprune.pipeline.sensitivity import sensitivity
 
 # That are no models.
 WRITERS = {"scripted": "scripted answers", "grammar": "the grammar, at random", "genetic": "variation, at random"}
-MODEL = "model"  # folder of a run that holds the pruned model
 
 
 def conclude(

@@ -15,14 +15,14 @@ from autoprune.models.checkpoint_files import checkpoint_bytes
 from autoprune.models.errors import InputError
 from autoprune.models.export import SIDECAR, check_space
 from autoprune.models.loading import resolve_model
-from autoprune.pipeline.conclusion import MODEL, conclude
+from autoprune.pipeline.conclusion import conclude
 from autoprune.pipeline.config import Config
 from autoprune.pipeline.gcot import VERSION
 from autoprune.pipeline.ledger import JOURNAL
 from autoprune.pipeline.mirror import Mirror
 from autoprune.pipeline.preparation import SPLITS, Prepared, place_of, pool_plan, prepare_all, settled
 from autoprune.pipeline.progress import ConsoleProgress
-from autoprune.pipeline.run_folder import open_folder
+from autoprune.pipeline.run_folder import MODEL, open_folder
 from autoprune.pipeline.search import Search
 from autoprune.pipeline.status import Status
 from autoprune.pipeline.targets import Case, Cases

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from autoprune.models.errors import InputError
 from autoprune.models.export import SIDECAR
-from autoprune.pipeline.conclusion import MODEL
 from autoprune.pipeline.config import Further
+from autoprune.pipeline.run_folder import MODEL
 from autoprune.pipeline.tracking import quiet_mlflow
 
 NAME = "pruned"  # of the logged model in its run

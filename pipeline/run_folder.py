@@ -16,6 +16,8 @@ from autoprune.pipeline.mirror import CHECKPOINT, CONFIG_FILE, fetch
 from autoprune.pipeline.preparation import place_of
 from autoprune.pipeline.status import LOCK
 
+MODEL = "model"  # the folder in it that holds the pruned model
+
 
 def begun(config: Config) -> bool:
     """Whether the run of this configuration exists, here or in its storage."""

@@ -50,9 +50,11 @@ def configuration(folder: str, shards: int = 1, replicas: int = 1) -> Config:
         "data.report_windows=1",
         "data.calibration_windows=8",
         "evaluators.threads=1",
+        f"evaluators.shards={shards}",
+        f"evaluators.replicas={replicas}",
         "search.seeds=[wanda+sdsa]",
+        "search.statistics=[x_norm]",
     ]
-    settings += ["search.statistics=[x_norm]", f"evaluators.shards={shards}", f"evaluators.replicas={replicas}"]
     return settled(load_config(HERE.parent / "search" / "search.yaml", settings))
 
 

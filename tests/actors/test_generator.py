@@ -1,10 +1,7 @@
 """The OpenAI-compatible client against a server on a socket that takes no grammar."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
+from json_server import JsonHandler, served
 
 from autoprune.actors.chance import GeneticGenerator, GrammarGenerator
 from autoprune.actors.generator import OpenAIGenerator
@@ -13,42 +10,29 @@ from autoprune.algorithms.answers import NOBODY, parse_answer
 from autoprune.algorithms.grammar import PARTS, WRITTEN_PARTS
 
 
-class NoGrammar(BaseHTTPRequestHandler):
+class NoGrammar(JsonHandler):
     """Serves one model; refuses `structured_outputs` as servers do that do not know it."""
 
     asked: list[dict] = []
 
     def do_GET(self):
-        self._answer(200, {"object": "list", "data": [{"id": "plain", "object": "model"}]})
+        self.answer({"object": "list", "data": [{"id": "plain", "object": "model"}]})
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         self.asked.append(body)
         if "structured_outputs" in body:
-            return self._answer(400, {"error": {"message": "unknown field structured_outputs"}})
+            return self.answer({"error": {"message": "unknown field structured_outputs"}}, 400)
         choice = {"index": 0, "message": {"role": "assistant", "content": "def score(W):"}, "finish_reason": "length"}
         usage = {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11}
-        self._answer(200, {"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage})
-
-    def _answer(self, status, data):
-        text = json.dumps(data).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_):
-        pass
+        self.answer({"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage})
 
 
 @pytest.fixture
 def server():
     NoGrammar.asked = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), NoGrammar)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
+    with served(NoGrammar) as url:
+        yield url
 
 
 def test_a_server_without_grammars_is_told_in_words(server):

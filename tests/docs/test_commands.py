@@ -6,11 +6,10 @@ import json
 import re
 import shlex
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from json_server import JsonHandler, served
 from pages import COMMAND, EXECUTED, FILTER, ROOT, Command, blocks, commands
 from place import Place, PoolHere
 
@@ -38,41 +37,28 @@ OWN = {"autoprune.actors.pool.EvaluatorPool": EvaluatorPool, "autoprune.pipeline
 SHORTER = {"autoprune.actors.pool.EvaluatorPool": PoolHere, "autoprune.pipeline.plots._png": lambda figure: b""}
 
 
-class Server(BaseHTTPRequestHandler):
+class Server(JsonHandler):
     """OpenAI-compatible, with one model called NAME that answers from a file."""
 
     def do_GET(self):
-        self._answer({"object": "list", "data": [{"id": "NAME", "object": "model"}]})
+        self.answer({"object": "list", "data": [{"id": "NAME", "object": "model"}]})
 
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        asked = self.body()
         texts = (ROOT / "configs" / "smoke_answers.txt").read_text().split("\n---\n")
         choices = [
             {"index": n, "message": {"role": "assistant", "content": texts[n]}, "finish_reason": "stop"}
             for n in range(asked["n"])
         ]
         usage = {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11}
-        self._answer({"id": "1", "object": "chat.completion", "choices": choices, "usage": usage})
-
-    def _answer(self, data):
-        text = json.dumps(data).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_):
-        pass
+        self.answer({"id": "1", "object": "chat.completion", "choices": choices, "usage": usage})
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_model, cluster):
     """With what the pages' commands find: files that they show, a pruned model, and the runs demo and mine."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    place = Place(tmp_path_factory.mktemp("pages"), tiny_model, f"http://127.0.0.1:{server.server_port}/v1")
-    with pytest.MonkeyPatch.context() as patch:
+    with served(Server) as url, pytest.MonkeyPatch.context() as patch:
+        place = Place(tmp_path_factory.mktemp("pages"), tiny_model, url)
         patch.chdir(place.folder)
         for name, instead in SHORTER.items():
             patch.setattr(name, instead)
@@ -86,7 +72,6 @@ def place(tmp_path_factory, tiny_model, cluster):
         shutil.copytree("runs/demo", "runs/mine")
         shutil.copytree(place.folder / "runs" / "demo" / "model", "pruned")
         yield place
-    server.shutdown()
 
 
 @pytest.mark.parametrize("command", ALL, ids=str)
