@@ -23,14 +23,13 @@ class PoolPlan:
 
     model: bundled name, folder that every node sees, or hub id. splits: name → token windows, int64 [windows, L];
     must have "calibration". statistics, features: what algorithms and their allocations may read (see
-    `ModelShard.calibrate`). deadline: seconds that a replica may take for one candidate; attempts: how often a
-    candidate may bring a replica down before it is given up. state: where actors keep what they learn of the dense
-    model, a folder or what `Storage` knows; empty: nowhere.
+    `ModelShard.calibrate`). bounds: first block of each shard, and the one after its last. deadline: seconds that a
+    replica may take for one candidate; attempts: how often a candidate may bring a replica down before it is given up.
+    state: where actors keep what they learn of the dense model, a folder or what `Storage` knows; empty: nowhere.
     """
 
     model: str
-    blocks: int
-    shards: int
+    bounds: tuple[tuple[int, int], ...]
     replicas: int
     threads: int
     dtype: str
@@ -42,6 +41,10 @@ class PoolPlan:
     attempts: int
     resources: ActorResources
     state: str = ""
+
+    @property
+    def shards(self) -> int:
+        return len(self.bounds)
 
     def about(self) -> dict:
         """What the state of a shard follows from, beside its weights; JSON."""
@@ -75,7 +78,6 @@ class Replica:
         """tokens: the plan's splits in Ray's store, and whatever part of one is sent later. places: of its actors;
         None: anywhere. actor: the class of the actors, EvaluatorShard or one that does as it does."""
         self._plan, self._tokens, self._places, self._class = plan, tokens, places, actor
-        self._bounds = shard_bounds(plan.blocks, plan.shards)
         self._empty = ray.put(torch.empty(0))
         self.actors: list = []
         self.ready: list[Ready] = []
@@ -90,7 +92,7 @@ class Replica:
             actor.options(**reserved, **placed[place]).remote(
                 plan.model, start, stop, plan.dtype, resources.device, plan.threads, alone=True, state=plan.state
             )
-            for place, (start, stop) in enumerate(self._bounds)
+            for place, (start, stop) in enumerate(plan.bounds)
         ]
         self.take_up()
 
@@ -138,8 +140,8 @@ class Replica:
     ) -> list[ray.ObjectRef]:
         """A chain of calls through the shards; hidden states go from actor to actor, ShardReports come here."""
         states, reports = self._tokens[split], []
-        for actor, (_, stop) in zip(self.actors, self._bounds, strict=True):
-            tokens = self._tokens[split] if stop == self._plan.blocks else self._empty
+        for actor in self.actors:
+            tokens = self._tokens[split] if actor is self.actors[-1] else self._empty
             states, report = actor.forward.options(num_returns=2).remote(split, states, tokens, algorithm, sparsities)
             reports.append(report)
         return reports
@@ -160,12 +162,6 @@ class Replica:
         for actor in self.actors:
             ray.kill(actor)
         self.ready, self._pending = [], []
-
-
-def shard_bounds(blocks: int, shards: int) -> list[tuple[int, int]]:
-    """Contiguous ranges of blocks whose sizes differ by one at most, in order."""
-    edges = [blocks * index // shards for index in range(shards + 1)]
-    return list(zip(edges, edges[1:], strict=False))
 
 
 def split_windows(splits: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -76,6 +77,12 @@ class ModelSizes:
     element: int
 
     @property
+    def costs(self) -> list[int]:
+        """Of each block, in bytes that a token is multiplied with: what its forward pass takes grows with them. The
+        head counts with the last one."""
+        return [*self.blocks[:-1], self.blocks[-1] + self.head]
+
+    @property
     def parameters(self) -> int:
         whole = sum(self.blocks) + self.embedding + self.rest + (0 if self.tied else self.head)
         return whole // self.element
@@ -111,6 +118,24 @@ def model_sizes(config: PretrainedConfig, name: str, dtype: str) -> ModelSizes:
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def shard_bounds(costs: Sequence[int], shards: int) -> tuple[tuple[int, int], ...]:
+    """Contiguous ranges of blocks, in order, of which the dearest is as cheap as can be: in a pipeline, all shards wait
+    for that one. costs: of each block, at least as many as shards."""
+    before = [0, *accumulate(costs)]
+    best = {0: (0, 0, ())}  # of so many first blocks: the dearest range, the sum of squares, where ranges start
+    for _ in range(shards):
+        best = {
+            stop: min(
+                (max(dearest, cost := before[stop] - before[start]), squares + cost**2, (*starts, start))
+                for start, (dearest, squares, starts) in best.items()
+                if start < stop
+            )
+            for stop in range(min(best) + 1, len(before))
+        }
+    starts = best[len(costs)][2]
+    return tuple(zip(starts, (*starts[1:], len(costs)), strict=True))
 
 
 def footprint(sizes: ModelSizes, start: int, stop: int, load: Workload) -> Footprint:

@@ -6,7 +6,15 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from autoprune.models.footprint import Footprint, ModelSizes, Workload, footprint, known_config, model_sizes
+from autoprune.models.footprint import (
+    Footprint,
+    ModelSizes,
+    Workload,
+    footprint,
+    known_config,
+    model_sizes,
+    shard_bounds,
+)
 from autoprune.pipeline.config import FREE_GROUP, SELF, Config
 from autoprune.pipeline.preparation import misfits, read_by_seeds
 from autoprune.pipeline.prompting import reads_prompts
@@ -110,9 +118,7 @@ def _add_evaluators(
 
 def _largest(sizes: ModelSizes, shards: int, load: Workload) -> Footprint:
     """Of so many shards."""
-    from autoprune.actors.replica import shard_bounds  # imports Ray
-
-    found = (footprint(sizes, *bounds, load) for bounds in shard_bounds(len(sizes.blocks), shards))
+    found = (footprint(sizes, *bounds, load) for bounds in shard_bounds(sizes.costs, shards))
     return max(found, key=lambda one: one.total)
 
 

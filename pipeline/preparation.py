@@ -20,7 +20,7 @@ from autoprune.algorithms.vocabulary import STATISTICS, SUMMARIES
 from autoprune.models.catalogue import CATALOGUE
 from autoprune.models.corpora import Corpus, load_corpus, overlap, token_windows
 from autoprune.models.errors import InputError
-from autoprune.models.footprint import ModelSizes, model_sizes
+from autoprune.models.footprint import ModelSizes, model_sizes, shard_bounds
 from autoprune.models.loading import load_config as load_model_config
 from autoprune.models.loading import load_tokenizer, resolve_model
 from autoprune.models.masking import needs
@@ -41,12 +41,12 @@ PROBE_TOKENS = 128  # of the first window of the calibration text, which the pro
 
 @dataclass(frozen=True)
 class Prepared:
-    """model: its name; folder: where it lies, with so many blocks. windows: token windows int64 [windows, L] of every
+    """model: its name; folder: where it lies; sizes: of its parts. windows: token windows int64 [windows, L] of every
     split; hashes: sha256 of every text."""
 
     model: str
     folder: Path
-    blocks: int
+    sizes: ModelSizes
     windows: dict[str, torch.Tensor]
     hashes: dict[str, str]
 
@@ -70,8 +70,7 @@ def prepare_all(config: Config) -> dict[str, Prepared]:
     texts = {name: load_corpus(spec) for name, spec in splits}
     found = {model: _prepare(config, model, texts) for model in dict.fromkeys(case.model for case in cases)}
     if any(case.group != FREE_GROUP for case in cases):
-        sizes = {m: model_sizes(load_model_config(one.folder), m, "float32") for m, one in found.items()}
-        for misfit in misfits(config.target, sizes):
+        for misfit in misfits(config.target, {name: one.sizes for name, one in found.items()}):
             raise InputError(misfit)
     return found
 
@@ -93,12 +92,13 @@ def misfits(target: Target, sizes: Mapping[str, ModelSizes]) -> Iterator[str]:
 def _prepare(config: Config, model: str, texts: dict[str, Corpus]) -> Prepared:
     folder = resolve_model(model)
     check_model(folder, model, config.data.context)
-    blocks = load_model_config(folder).get_text_config().num_hidden_layers
+    sizes = model_sizes(load_model_config(folder), model, config.target.dtype)
+    blocks = len(sizes.blocks)
     if config.evaluators.shards > blocks:
         shards = config.evaluators.shards
         raise InputError(f"evaluators.shards is {shards}: expected at most {blocks}, the blocks of {model}")
     hashes = {name: text.sha256 for name, text in texts.items()}
-    return Prepared(model, folder, blocks, _windows(config, texts, load_tokenizer(folder)), hashes)
+    return Prepared(model, folder, sizes, _windows(config, texts, load_tokenizer(folder)), hashes)
 
 
 def _windows(config: Config, texts: dict[str, Corpus], tokenizer) -> dict[str, torch.Tensor]:
@@ -175,8 +175,7 @@ def pool_plan(config: Config, prepared: Prepared, resources: ActorResources) -> 
     written = OPTIONAL & SUMMARIES.keys() if config.search.allocation == "written" else frozenset()
     return PoolPlan(
         model=prepared.model,
-        blocks=prepared.blocks,
-        shards=evaluators.shards,
+        bounds=shard_bounds(prepared.sizes.costs, evaluators.shards),
         replicas=evaluators.replicas,
         threads=evaluators.threads,
         dtype=config.target.dtype,

@@ -70,8 +70,7 @@ def measure(shards: int, replicas: int, jobs: int) -> dict:
 
     plan = PoolPlan(
         model="none",
-        blocks=shards,
-        shards=shards,
+        bounds=tuple((shard, shard + 1) for shard in range(shards)),
         replicas=replicas,
         threads=1,
         dtype="float32",

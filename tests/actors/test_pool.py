@@ -13,7 +13,7 @@ import torch
 from autoprune.actors.evaluator import EvaluatorShard
 from autoprune.actors.placement import ActorResources
 from autoprune.actors.pool import EvaluatorPool
-from autoprune.actors.replica import PoolPlan, Replica, shard_bounds
+from autoprune.actors.replica import PoolPlan, Replica
 from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.algorithms.written import WRITTEN_ALLOCATIONS
 from autoprune.models.errors import Lost
@@ -41,8 +41,7 @@ def windows(seed: int, count: int = 4, length: int = 24) -> torch.Tensor:
 def make_pool(model, actor=EvaluatorShard, **changes) -> EvaluatorPool:
     plan = PoolPlan(
         model=str(model),
-        blocks=4,
-        shards=2,
+        bounds=((0, 2), (2, 4)),
         replicas=1,
         threads=1,
         dtype="float32",
@@ -99,9 +98,9 @@ def reference(folder) -> tuple[list[float], float]:
     return nlls[:-1], nlls[-1]
 
 
-@pytest.mark.parametrize(("shards", "replicas"), [(1, 1), (2, 2)])
-def test_every_way_to_shard_gives_the_same_numbers(tiny_model, shards, replicas):
-    pool = make_pool(tiny_model, shards=shards, replicas=replicas)
+@pytest.mark.parametrize(("bounds", "replicas"), [(((0, 4),), 1), (((0, 3), (3, 4)), 2)])
+def test_every_way_to_shard_gives_the_same_numbers(tiny_model, bounds, replicas):
+    pool = make_pool(tiny_model, bounds=bounds, replicas=replicas)
     try:
         check_numbers(pool, tiny_model)
     finally:
@@ -199,7 +198,7 @@ def test_a_hanging_actor_is_replaced_at_the_deadline(pool, attempts, lost):
 def two(tiny_model, cluster, tmp_path_factory):
     """Two replicas of one shard each, which keep what they learn."""
     pool = make_pool(
-        tiny_model, marked(), shards=1, replicas=2, state=str(tmp_path_factory.mktemp("state")), deadline=30.0
+        tiny_model, marked(), bounds=((0, 4),), replicas=2, state=str(tmp_path_factory.mktemp("state")), deadline=30.0
     )
     yield pool
     pool.stop()
@@ -213,7 +212,7 @@ def test_what_one_replica_learned_is_taken_up_by_all_and_by_the_next_pool(two, t
     assert (state / "calibrated-0").exists()
     (state / "calibrated-0").unlink()
     expected = dict(two.evaluate(JOBS))
-    again = make_pool(tiny_model, marked(), shards=1, state=str(state))
+    again = make_pool(tiny_model, marked(), bounds=((0, 4),), state=str(state))
     try:
         found = dict(again.evaluate(JOBS))
         assert {i: e.window_nlls for i, e in found.items()} == {i: e.window_nlls for i, e in expected.items()}
@@ -307,14 +306,6 @@ def test_probes_run_in_evaluators(pool):
     good, bad = pool.probe([WANDA, Algorithm("def score(W):\n    return W.abs() * 0\n")])
     assert good.error is None and len(good.mask_hash) == 16
     assert bad.error and not bad.mask
-
-
-@pytest.mark.parametrize(("blocks", "shards"), [(30, 2), (30, 4), (7, 7), (5, 3)])
-def test_shard_bounds_cover_every_block_once(blocks, shards):
-    bounds = shard_bounds(blocks, shards)
-    assert [block for start, stop in bounds for block in range(start, stop)] == list(range(blocks))
-    sizes = [stop - start for start, stop in bounds]
-    assert max(sizes) - min(sizes) <= 1
 
 
 def test_machines_that_share_no_folder_hand_their_parts_over(tiny_model, tmp_path):

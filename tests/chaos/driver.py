@@ -127,8 +127,7 @@ def main(address: str, folder: Path, model: Path) -> None:
     places = reserve(layout, 120.0, said.say)
     plan = PoolPlan(
         model=str(model),
-        blocks=4,
-        shards=2,
+        bounds=((0, 2), (2, 4)),
         replicas=2,
         threads=1,
         dtype="float32",

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+from dataclasses import replace
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from autoprune.models.blocks import DecoderRange
-from autoprune.models.footprint import Workload, footprint, known_config, model_sizes
+from autoprune.models.footprint import Workload, footprint, known_config, model_sizes, shard_bounds
 from autoprune.pipeline.cli import main
 from autoprune.pipeline.config import load_config
 from autoprune.pipeline.planning import plan, plan_lines
@@ -38,6 +40,31 @@ def test_the_weights_of_a_shard_are_what_loading_it_takes(tmp_path, bounds, tie)
         assert footprint(sizes, start, stop, LOAD).weights == pytest.approx(loaded_bytes(shard), rel=0.01)
 
 
+@pytest.mark.parametrize("shards", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("costs", [(1,) * 8, (1,) * 7 + (9,), (9,) + (1,) * 7, (3, 1, 4, 1, 5, 9, 2, 6)])
+def test_no_other_way_to_share_blocks_has_a_cheaper_dearest_shard(costs, shards):
+    def dearest(bounds):
+        return max(sum(costs[start:stop]) for start, stop in bounds)
+
+    bounds = shard_bounds(costs, shards)
+    assert [block for start, stop in bounds for block in range(start, stop)] == list(range(8))
+    assert all(start < stop for start, stop in bounds) and len(bounds) == shards
+    others = [pairwise((0, *cuts, 8)) for cuts in combinations(range(1, 8), shards - 1)]
+    assert dearest(bounds) == min(map(dearest, others))
+    if len(set(costs)) == 1:
+        sizes = [stop - start for start, stop in bounds]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_head_counts_as_work_of_the_last_shard(tmp_path):
+    """Its own blocks are fewer, so that a pipeline does not wait for it."""
+    folder = save_tiny_model(tmp_path / "tiny")
+    sizes = model_sizes(known_config(str(folder)), "tiny", "float32")
+    assert sizes.costs[:-1] == list(sizes.blocks[:-1]) and sizes.costs[-1] == sizes.blocks[-1] + sizes.head > sizes.head
+    heavy = replace(sizes, head=2 * sizes.blocks[0])
+    assert shard_bounds(heavy.costs, 2) == ((0, 3), (3, 4))
+
+
 @pytest.mark.parametrize("name", LARGE)
 def test_a_shipped_plan_agrees_with_the_whole_model(name):
     """Of the model on the meta device, made by transformers alone."""
@@ -46,9 +73,7 @@ def test_a_shipped_plan_agrees_with_the_whole_model(name):
         whole = AutoModelForCausalLM.from_config(known_config(config.target.model), dtype=torch.bfloat16)
     wanted = sum(p.numel() * p.element_size() for p in whole.parameters())
     sizes = model_sizes(known_config(config.target.model), name, "bfloat16")
-    shards, blocks = config.evaluators.shards, len(sizes.blocks)
-    edges = [blocks * i // shards for i in range(shards + 1)]
-    pairs = zip(edges, edges[1:], strict=False)
+    pairs = shard_bounds(sizes.costs, config.evaluators.shards)
     assert sum(footprint(sizes, *pair, LOAD).weights for pair in pairs) == pytest.approx(wanted, rel=0.2)
     assert sizes.parameters == pytest.approx(wanted / 2, rel=0.001)
 
