@@ -41,6 +41,7 @@ class Dispatch:
 
     def __init__(self, jobs: int, replicas: int, depth: int, deadline: float, attempts: int) -> None:
         self._queue, self._failures = deque(range(jobs)), [0.0] * jobs
+        self._broke: list[set[int]] = [set() for _ in range(jobs)]  # by job: the replicas that it may have brought down
         self._lanes = [_Lane() for _ in range(replicas)]
         self._depth, self._deadline, self._attempts = depth, deadline, attempts
 
@@ -50,13 +51,15 @@ class Dispatch:
         return bool(self._queue) or any(lane.jobs for lane in self._lanes)
 
     def assign(self, now: float) -> tuple[int, int] | None:
-        """The next job to send, and the replica to send it to: the one with the least in flight. None where nothing
-        waits, or no replica has room."""
+        """The next job to send, and the replica to send it to: one that it has not brought down, and of these the one
+        with the least in flight; so a machine that breaks whatever it is given is not alone to judge. None where
+        nothing waits, or no replica has room."""
         open_ = [index for index, lane in enumerate(self._lanes) if lane.open and len(lane.jobs) < self._depth]
         if not self._queue or not open_:
             return None
-        replica = min(open_, key=lambda index: len(self._lanes[index].jobs))
-        lane, job = self._lanes[replica], self._queue.popleft()
+        job = self._queue.popleft()
+        replica = min(open_, key=lambda index: (index in self._broke[job], len(self._lanes[index].jobs)))
+        lane = self._lanes[replica]
         if not lane.jobs:
             lane.progressed = now
         lane.jobs.append(job)
@@ -95,6 +98,7 @@ class Dispatch:
         given_up = None
         if jobs:
             self._failures[jobs[0]] += 1 if blame else BLAMELESS
+            self._broke[jobs[0]].add(replica)
             if self._failures[jobs[0]] >= self._attempts:
                 given_up = jobs.pop(0)
         self._queue.extendleft(reversed(jobs))

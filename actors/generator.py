@@ -62,14 +62,15 @@ class OpenAIGenerator:
             raise
 
     def _complete(self, request: Request) -> list[Answer]:
+        refusals = self._openai.BadRequestError, self._openai.UnprocessableEntityError
         try:
-            completion = self._patiently(request)
-        except (self._openai.BadRequestError, self._openai.UnprocessableEntityError) as refusal:
             try:
-                completion = self._ask(request, with_grammar=False)
-            except self._openai.APIStatusError:
-                raise Lost(f"{self._client.base_url} refuses the request: {last_line(refusal)}") from refusal
-            self.grammar = False  # it was the grammar: the validator alone decides from here on
+                completion = self._patiently(request, self.grammar)
+            except refusals:
+                completion = self._patiently(request, with_grammar=False)
+                self.grammar = False  # it was the grammar: the validator alone decides from here on
+        except refusals as refusal:
+            raise Lost(f"{self._client.base_url} refuses the request: {last_line(refusal)}") from refusal
         except self._openai.OpenAIError as error:
             raise Lost(f"{self._client.base_url} does not answer any more: {last_line(error)}") from error
         usage = completion.usage
@@ -80,18 +81,20 @@ class OpenAIGenerator:
             for c in completion.choices
         ]
 
-    def _patiently(self, request: Request):
-        """The completion; a server that is away, or in trouble, is asked again for PATIENCE seconds."""
-        began, pause = time.monotonic(), 1.0
+    def _patiently(self, request: Request, with_grammar: bool):
+        """The completion; a server that is away, or in trouble, is asked again, for PATIENCE seconds since it was first
+        seen to be."""
+        failed, pause = None, 1.0
         while True:
             try:
-                return self._ask(request, with_grammar=self.grammar)
+                return self._ask(request, with_grammar)
             except (
                 self._openai.APIConnectionError,
                 self._openai.InternalServerError,
                 self._openai.RateLimitError,
             ) as error:
-                if time.monotonic() - began + pause > PATIENCE:
+                failed = failed or time.monotonic()
+                if time.monotonic() - failed + pause > PATIENCE:
                     raise
                 self._report(f"{self._client.base_url} does not answer ({last_line(error)}): asking again")
             if self._stopped.wait(pause):

@@ -25,6 +25,10 @@ class ActorResources:
     num_gpus: float
     device: str
 
+    def __str__(self) -> str:
+        """Where it computes, for people."""
+        return self.device if not self.num_gpus else f"{self.num_gpus:g} GPU each"
+
     def bundle(self) -> dict[str, float]:
         """As Ray's placement groups name it; empty where nothing is reserved."""
         named = {"CPU": self.num_cpus, "GPU": self.num_gpus}

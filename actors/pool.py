@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from autoprune.models.shard import ShardReport
 START = 10  # a replica may take so many deadlines to load, calibrate and measure the dense model
 STARTS = 3  # so often may making a replica anew fail in a row, where no other one is left to work on
 OTHER = "it came with another model, or other statistics"
+CONTROL = Algorithm("def score(W):\n    return W.abs()\n")  # brings down no evaluator that is well
 LOOK = 1.0  # seconds between two looks at actors of which nothing is heard
 
 
@@ -84,20 +86,20 @@ class EvaluatorPool:
                         raise ray.exceptions.GetTimeoutError(f"not ready within {START * self.plan.deadline:g} s")
                 except ray.exceptions.RayError as error:
                     reason = self._unusable(error)
-                    if index == 0 or isinstance(reason, InputError):
-                        raise reason from error
                     waiting.remove(index)  # the others begin without it
+                    if isinstance(reason, InputError) or not (waiting or self._digest):
+                        raise reason from error
                     self._renew(index, last_line(error))
                     continue
                 if state == "ready":
                     waiting.remove(index)
                     if not self._welcome(index):
                         self._renew(index, OTHER)
-                elif state == "bare" and (index == 0 or not self.plan.state or index in looked):
-                    self._replicas[index].calibrate()
-                elif state == "bare" and self._digest:  # the first one has kept what it learned
-                    looked.add(index)
+                elif state == "bare" and self._digest and self.plan.state and index not in looked:
+                    looked.add(index)  # the first one has kept what it learned
                     self._replicas[index].take_up()
+                elif state == "bare" and (self._digest or not self.plan.state or index == waiting[0]):
+                    self._replicas[index].calibrate(self._digest)
         for split, evaluation in self.dense.items():
             if evaluation.error:
                 raise InputError(f"the dense model measures no likelihood on {split}: try target.dtype=float32")
@@ -108,6 +110,10 @@ class EvaluatorPool:
             return InputError(f"{last_line(cause)}: {self.plan.dtype} overflows; try target.dtype=bfloat16")
         if isinstance(cause, ValueError):
             return InputError(last_line(cause))
+        # What a constructor raised comes as text.
+        unusable = re.search(r"InputError: (.*)", str(error)) if getattr(error, "actor_init_failed", False) else None
+        if unusable:
+            return InputError(unusable[1])
         return Lost(f"the evaluators could not start ({last_line(error)})")
 
     def _welcome(self, index: int) -> bool:
@@ -132,7 +138,7 @@ class EvaluatorPool:
     def _look_after(self, timeout: float = 0.0) -> list[int]:
         """Go on with making replicas anew, for `timeout` seconds at most; returns those that are in service again.
 
-        Raises Lost where none is in service and one has failed STARTS times in a row.
+        Raises Lost where none is in service and all have failed STARTS times in a row.
         """
         back = []
         for index, start in list(self._starting.items()):
@@ -151,7 +157,8 @@ class EvaluatorPool:
                     trouble = f"not ready within {START * self.plan.deadline:g} s"
             except ray.exceptions.RayError as error:
                 trouble = last_line(error)
-            if trouble and start.tries >= STARTS and len(self._starting) == len(self._replicas):
+            others = [self._starting.get(other) for other in range(len(self._replicas))]
+            if trouble and all(other and other.tries >= STARTS for other in others):
                 raise Lost(f"an evaluator could not be replaced, {start.tries} times ({trouble})")
             # Often in a row: not at once again, which would be all that the driver does.
             if trouble and (start.tries < STARTS or time.monotonic() - start.began > self.plan.deadline):
@@ -211,15 +218,51 @@ class EvaluatorPool:
             seconds=sum(report.seconds for report in reports),
         )
 
+    @property
+    def room(self) -> int:
+        """Candidates that are measured at a time, where there are so many."""
+        return self.plan.replicas * depth(self.plan.shards)
+
+    def _deadline(self, split: str) -> float:
+        """The plan's is for the fitness split: more text may take as much longer."""
+        windows = [len(split_windows(self.plan.splits, name)) for name in (split, "fitness")]
+        return self.plan.deadline * max(1.0, windows[0] / windows[1])
+
     def evaluate(
         self, jobs: Sequence[Algorithm], split: str = "fitness", sparsity: float | None = None
     ) -> Iterator[tuple[int, Evaluation]]:
         """Measure the jobs on a split (see `split_windows`); yields (index of the job, measurement) as they finish, in
-        any order. sparsity: to prune to, other than the plan's."""
+        any order. sparsity: to prune to, other than the plan's.
+
+        That a candidate brings down its evaluators is believed once something was measured after it. Raises Lost where
+        nothing can be: not the candidates are the reason then.
+        """
+        doubted: list[tuple[int, Evaluation]] = []
+        for index, evaluation in self._evaluate(jobs, split, sparsity):
+            if evaluation.poison:
+                doubted.append((index, evaluation))
+                continue
+            if evaluation.error is None:
+                yield from doubted
+                doubted = []
+            yield index, evaluation
+        if doubted:
+            ((_, control),) = self._evaluate([CONTROL], split, sparsity)
+            if control.error is not None:
+                raise Lost(
+                    f"evaluators end with all that they get on {split}, magnitude pruning, too ({control.error}); "
+                    f"look at their machines, or raise evaluators.deadline ({self.plan.deadline:g} s)"
+                )
+            yield from doubted
+
+    def _evaluate(
+        self, jobs: Sequence[Algorithm], split: str, sparsity: float | None
+    ) -> Iterator[tuple[int, Evaluation]]:
         if split not in self._tokens:  # some windows of one that is there
             self._tokens[split] = ray.put(split_windows(self.plan.splits, split))
         plan, sparsity = self.plan, sparsity or self.plan.sparsity
-        table = Dispatch(len(jobs), plan.replicas, depth(plan.shards), plan.deadline, plan.attempts)
+        deadline = self._deadline(split)
+        table = Dispatch(len(jobs), plan.replicas, depth(plan.shards), deadline, plan.attempts)
         for index in self._starting:
             table.close(index)
         flights: dict[int, list[ray.ObjectRef]] = {}  # by job: the ShardReports to come, of which the last one decides
@@ -246,7 +289,7 @@ class EvaluatorPool:
                 yield from self._ended(table, oldest[reference], flights, split)
             for replica in table.late(time.monotonic()):
                 if not ray.wait([flights[table.oldest()[replica]][-1]], timeout=0)[0]:
-                    yield from self._broke(table, replica, TimeoutError(f"no result within {plan.deadline:g} s"))
+                    yield from self._broke(table, replica, TimeoutError(f"no result within {deadline:g} s"))
 
     def _ended(
         self, table: Dispatch, replica: int, flights: dict[int, list[ray.ObjectRef]], split: str
@@ -313,34 +356,48 @@ class EvaluatorPool:
             replica = self._in_service()[0]
             try:
                 return self._export(replica, out, algorithm, details)
-            except ray.exceptions.RayError as error:
+            except (ray.exceptions.RayError, _PartLost) as error:
                 if attempt == self.plan.attempts:
                     raise Lost(f"the evaluators could not write {out} ({last_line(error)})") from error
                 self._renew(self._replicas.index(replica), last_line(error))
         raise AssertionError("unreachable")
 
     def _export(self, replica: Replica, out: Path, algorithm: Algorithm, details: dict) -> dict:
-        planned = self._planned(replica, algorithm, self.plan.sparsity)
-        sparsities, plan = ray.get(planned) if isinstance(planned, ray.ObjectRef) else planned, self.plan
+        plan, patience = self.plan, START * self.plan.deadline
+        planned = self._planned(replica, algorithm, plan.sparsity)
+        sparsities = ray.get(planned, timeout=patience) if isinstance(planned, ray.ObjectRef) else planned
 
         def write(paths: list[Path]) -> list[dict[str, dict]]:
             parts = list(zip(replica.actors, paths, strict=True))
-            made = ray.get([actor.export.remote(path, algorithm, sparsities) for actor, path in parts])
-            for (actor, path), (_, written) in zip(parts, made, strict=True):
-                if not written:
-                    _fetch(actor, path)
+            calls = [actor.export.remote(path, algorithm, sparsities) for actor, path in parts]
+            try:
+                made = ray.get(calls, timeout=patience)
+                for (actor, path), (_, written) in zip(parts, made, strict=True):
+                    if not written:
+                        _fetch(actor, path, patience)
+            except ray.exceptions.RayTaskError as error:  # as an OSError it would seem to be this machine's disk
+                raise _PartLost(last_line(error)) from error
             return [layers for layers, _ in made]
 
         source = resolve_model(plan.model)
         return export(source, out, plan.shards, write, algorithm, plan.sparsity, sparsities, details)
 
 
-def _fetch(actor, path: Path) -> None:
-    """What an evaluator on a machine that does not see the folder made of its part, a few pieces ahead."""
+class _PartLost(Exception):
+    """An evaluator could not make its part of a pruned model."""
+
+
+def _fetch(actor, path: Path, patience: float) -> None:
+    """What an evaluator on a machine that does not see the folder made of its part, a few pieces ahead. patience:
+    seconds for each."""
     pieces = actor.part.options(num_returns="streaming", _generator_backpressure_num_objects=4).remote()
     with open(path, "wb") as file:
-        for piece in pieces:
-            file.write(ray.get(piece))
+        while ray.wait([pieces], timeout=patience)[0]:
+            piece = next(pieces, None)
+            if piece is None:
+                return
+            file.write(ray.get(piece, timeout=patience))
+    raise ray.exceptions.GetTimeoutError(f"no part of {path.name} within {patience:g} s")
 
 
 def _failed(error: str) -> Evaluation:

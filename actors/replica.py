@@ -22,7 +22,7 @@ class PoolPlan:
     """What the pool measures and on how many actors.
 
     model: bundled name, folder that every node sees, or hub id. splits: name → token windows, int64 [windows, L];
-    must have "calibration". statistics, features: what algorithms and their allocations may read (see
+    must have "calibration" and "fitness". statistics, features: what algorithms and their allocations may read (see
     `ModelShard.calibrate`). bounds: first block of each shard, and the one after its last. deadline: seconds that a
     replica may take for one candidate; attempts: how often a candidate may bring a replica down before it is given up.
     state: where actors keep what they learn of the dense model, a folder or what `Storage` knows; empty: nowhere.
@@ -170,11 +170,18 @@ def split_windows(splits: Mapping[str, torch.Tensor], name: str) -> torch.Tensor
     return splits[base] if places is None else splits[base][places]
 
 
-# What Ray says of an actor that went away for a reason in which no candidate has a part.
+# What Ray says of an actor that went away for a reason in which no candidate has a part, and what it raises there: a
+# node is gone, or out of reach; its disk or its object store is full.
 BLAMELESS_WORDS = ("ray.kill", "node has died", "node is dead", "preempted")
+BLAMELESS_ERRORS = (
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.ObjectFetchTimedOutError,
+    ray.exceptions.ObjectStoreFullError,
+    ray.exceptions.OutOfDiskError,
+)
 
 
 def blameless(error: BaseException) -> bool:
-    """Whether a call failed since a node died or somebody who may killed an actor: no candidate's doing."""
-    lost = (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError, ray.exceptions.ObjectFetchTimedOutError)
-    return isinstance(error, lost) or any(words in str(error) for words in BLAMELESS_WORDS)
+    """Whether a call failed for what a machine met, or since somebody who may killed an actor: no candidate's doing."""
+    return isinstance(error, BLAMELESS_ERRORS) or any(words in str(error) for words in BLAMELESS_WORDS)

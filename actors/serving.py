@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from autoprune.models.errors import InputError, Lost
 from autoprune.models.loading import load_tokenizer, resolve_model
 from autoprune.models.pruning import native_dtype
 
-DEATHS = 3  # so often may an engine die without having answered anything between
+DEATHS = 3  # so often may an engine die without having answered anything between, or a request lose its engine
 
 
 class VllmEngine:
@@ -141,52 +141,84 @@ class VllmGenerator:
             raise InputError(f"vLLM cannot serve {self.model} ({last_line(error)}): check generator.*") from error
 
     def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
-        """Answers per request. Raises Lost when an engine died DEATHS times without an answer between."""
+        """Answers per request. Raises Lost when every engine died DEATHS times without an answer between, or engines
+        died so often with the same request."""
         import ray
 
         answers: dict[int, list[Answer]] = {}
+        lost = [0] * len(requests)
         while len(answers) < len(requests):
             left = [index for index in range(len(requests)) if index not in answers]
             dead: dict[int, Exception] = {}
-            self._call("wake_up")
-            calls, began = [], time.monotonic()
-            for turn, index in enumerate(left):
-                number = turn % len(self._actors)
-                calls.append((index, number, self._actors[number].complete.remote(requests[index])))
+            serving = self._serving()
+            self._call("wake_up", serving)
+            began = time.monotonic()
+            calls = [
+                (index, number, self._actors[number].complete.remote(requests[index]))
+                for index, number in zip(left, itertools.cycle(serving), strict=False)
+            ]
             for index, number, call in calls:
                 try:
                     answers[index] = ray.get(call, timeout=max(0.0, began + self._deadline - time.monotonic()))
                     self._deaths[number] = 0
                 except ray.exceptions.RayError as error:
                     dead[number] = error
+                    lost[index] += 1
             for number, error in dead.items():
-                self._replace(number, error)
-        self._call("sleep")
+                self._replace(number, error, max(lost) >= DEATHS)
+        for number, error in self._call("sleep", self._serving()).items():
+            self._replace(number, error)  # awake, it would have the memory that evaluators count on
         return [answers[index] for index in range(len(requests))]
 
-    def _call(self, method: str) -> None:
+    def _serving(self) -> list[int]:
+        """Engines that have started, at least one: waits for it. Those that could not start are made anew."""
         import ray
 
-        for call in [getattr(actor, method).remote() for actor in self._actors] if self._sleeps else []:
-            with contextlib.suppress(ray.exceptions.RayError):  # the requests that follow say whose end it was
-                ray.get(call, timeout=self._deadline)
+        began = time.monotonic()
+        while True:
+            ready, _ = ray.wait(self._started, num_returns=len(self._started), timeout=0)
+            serving = []
+            for number, started in enumerate(self._started):
+                try:
+                    if started in ready:
+                        ray.get(started)
+                        serving.append(number)
+                    elif time.monotonic() - began > self._deadline:
+                        raise ray.exceptions.GetTimeoutError(f"not started within {self._deadline:g} s")
+                except ray.exceptions.RayError as error:
+                    self._replace(number, error)
+            if serving:
+                return serving
+            if time.monotonic() - began > self._deadline:
+                began = time.monotonic()
+            ray.wait(self._started, timeout=min(self._deadline, 1.0))
 
-    def _replace(self, number: int, error: Exception) -> None:
-        """Make an engine anew and wait until it serves."""
+    def _call(self, method: str, numbers: Sequence[int]) -> dict[int, Exception]:
+        """Of these engines, if they take turns. Returns those that failed; before requests, these say whose end it
+        was."""
+        import ray
+
+        failed: dict[int, Exception] = {}
+        if self._sleeps:
+            for number, call in [(n, getattr(self._actors[n], method).remote()) for n in numbers]:
+                try:
+                    ray.get(call, timeout=self._deadline)
+                except ray.exceptions.RayError as error:
+                    failed[number] = error
+        return failed
+
+    def _replace(self, number: int, error: Exception, hopeless: bool = False) -> None:
+        """Make an engine anew; `_serving` waits for it where there is no other. hopeless: it would be in vain."""
         import ray
 
         if self._stopped:
             raise Lost(f"vLLM was stopped while it served {self.model}") from error
         self._deaths[number] += 1
-        if self._deaths[number] >= DEATHS:
+        if hopeless or min(self._deaths) >= DEATHS:
             raise Lost(f"vLLM stopped serving {self.model} ({last_line(error)})") from error
         self._report(f"vLLM is started again ({last_line(error)}); what it had not answered is asked again")
         ray.kill(self._actors[number])
         self._actors[number], self._started[number] = self._make(number)
-        try:
-            ray.get(self._started[number], timeout=self._deadline)
-        except ray.exceptions.RayError as trouble:
-            self._replace(number, trouble)
 
     def count(self, messages: Messages) -> int:
         text = self._tokenizer.apply_chat_template(chat(messages), tokenize=False, add_generation_prompt=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from autoprune.actors.storage import Storage
 from autoprune.models.checkpoint_files import checkpoint_bytes
-from autoprune.models.errors import InputError
+from autoprune.models.errors import InputError, Lost
 from autoprune.models.export import SIDECAR, check_space
 from autoprune.models.loading import resolve_model
 from autoprune.pipeline.conclusion import conclude
@@ -28,6 +30,9 @@ from autoprune.pipeline.status import Status
 from autoprune.pipeline.targets import Case, Cases
 
 
+CONNECT = 10.0  # seconds for the machine of RAY_ADDRESS to answer
+
+
 class Stopped(BaseException):
     """SIGTERM or Ctrl-C. Everything that was finished is in the journal."""
 
@@ -35,8 +40,8 @@ class Stopped(BaseException):
 def run_search(config: Config, resume: bool, progress: ConsoleProgress) -> Path:
     """Search, export the best, report. Returns the run folder.
 
-    Raises InputError for anything that cannot be used, and leaves no run folder then; Stopped after a signal; Lost
-    when something that the search stands on went away.
+    Raises InputError for anything that cannot be used; Stopped after a signal; Lost when something that the search
+    stands on went away. A run folder stays where there is something to go on with.
     """
     began = time.monotonic()
     config = settled(config)
@@ -51,7 +56,7 @@ def run_search(config: Config, resume: bool, progress: ConsoleProgress) -> Path:
             # Ray sets a handler of its own for SIGTERM, so ours comes after it.
             with cluster(), signals():
                 return _run(config, folder, prepared, generator, progress, began, mirror)
-        except InputError:
+        except Exception:
             if not resume and not (folder / JOURNAL).exists():
                 shutil.rmtree(folder)
             raise
@@ -144,7 +149,15 @@ def cluster() -> Iterator[None]:
 
     already = ray.is_initialized()
     if not already:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        address = os.environ.get("RAY_ADDRESS", "")
+        try:
+            if place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address):
+                socket.create_connection((place[1], int(place[2])), CONNECT).close()  # Ray would try for minutes
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        except OSError as error:
+            if not address:
+                raise
+            raise Lost(f"no Ray cluster at {address} (RAY_ADDRESS): start it, or unset RAY_ADDRESS") from error
     try:
         yield
     finally:
@@ -191,10 +204,10 @@ def _run(
             own = [next(rows) for _ in range(evaluators.replicas)]
             pools[model] = EvaluatorPool(pool_plan(config, one, places.evaluator), progress.say, own)
         if settings.kind == "vllm":
-            progress.say(f"starting vLLM with {settings.model}")
+            progress.say(f"starting vLLM with {settings.model} ({places.engine})")
             generator = start_vllm(config, places, progress.say)
         for model, pool in pools.items():
-            progress.say(f"starting {evaluators.replicas} × {evaluators.shards} evaluators for {model}")
+            progress.say(f"starting {evaluators.replicas} × {evaluators.shards} evaluators for {model} ({places.evaluator})")
             pool.start()
             dense = ", ".join(f"{name} {pool.dense[name].nll:.4f}" for name in SPLITS[1:])
             progress.say(f"dense: {dense} nats per token")

@@ -255,7 +255,7 @@ class Ledger:
             }
             began = now
             if must and evaluation.poison:
-                raise Lost(f"what was measured before cannot be measured on {split} ({evaluation.error})")
+                raise Lost(f"an algorithm that is known to work cannot be measured on {split} ({evaluation.error})")
             self._append(record)
             self.step(f"evaluating ({split})", done, len(jobs))
         return [self._measured(algorithm.key, split) for algorithm in algorithms]

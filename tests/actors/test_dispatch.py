@@ -63,6 +63,18 @@ def test_what_was_in_flight_goes_first_and_in_order():
     assert table.close(0) is None, "nothing was in flight"
 
 
+def test_a_machine_that_breaks_whatever_it_is_given_does_not_judge_alone():
+    """It is empty when it is back, and yet a job that broke there goes elsewhere, where there is room."""
+    table = Dispatch(3, 2, 2, 10.0, 3)
+    assert [table.assign(0.0) for _ in range(3)] == [(0, 0), (1, 1), (0, 2)]
+    assert table.close(0) is None
+    table.open(0)
+    assert [table.assign(0.0) for _ in range(2)] == [(1, 0), (0, 2)]
+    table.finish(1, 0.0)
+    table.finish(1, 0.0)
+    assert not table.oldest().keys() - {0}
+
+
 def test_a_job_that_cannot_be_sent_is_gone():
     table = Dispatch(2, 1, 3, 10.0, 2)
     table.assign(0.0)

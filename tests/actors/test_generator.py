@@ -1,5 +1,7 @@
 """The OpenAI-compatible client against a server on a socket that takes no grammar."""
 
+import time
+
 import pytest
 from json_server import JsonHandler, served
 
@@ -47,6 +49,31 @@ def test_a_server_without_grammars_is_told_in_words(server):
     generator.generate([request])  # the refusal is remembered
     assert len(NoGrammar.asked) == 3 and "structured_outputs" not in NoGrammar.asked[-1]
     generator.stop()
+
+
+def test_a_server_in_trouble_is_asked_again_from_its_first_failure_on(monkeypatch):
+    """However long the request had been under way before, and also where it refuses grammars."""
+    monkeypatch.setattr("autoprune.actors.generator.PATIENCE", 2.0)
+    told = []
+
+    class Troubled(NoGrammar):
+        def do_POST(self):
+            if "structured_outputs" not in (body := self.body()):
+                self.asked.append(body)
+                if len(self.asked) == 1:
+                    time.sleep(2.5)
+                    return self.answer({"error": {"message": "restarting"}}, 503)
+                choice = {"index": 0, "message": {"role": "assistant", "content": "x"}, "finish_reason": "stop"}
+                return self.answer({"id": "1", "object": "chat.completion", "choices": [choice]})
+            return self.answer({"error": {"message": "unknown field structured_outputs"}}, 400)
+
+    Troubled.asked = []
+    with served(Troubled) as url:
+        generator = OpenAIGenerator(url, "plain", report=told.append)
+        ((answer,),) = generator.generate([Request((("user", "Write."),), 1, 0.9, 50, 'root ::= "x"')])
+        assert answer.text == "x" and len(Troubled.asked) == 2
+        assert len(told) == 1 and "asking again" in told[0]
+        generator.stop()
 
 
 @pytest.mark.parametrize("parts", [PARTS, WRITTEN_PARTS])

@@ -103,6 +103,15 @@ def test_an_engine_that_dies_again_and_again_ends_the_search(make):
     assert len(make.said) == 2
 
 
+def test_an_engine_that_cannot_come_back_leaves_the_work_to_the_others(make):
+    """As where its node has died, and no other one has room."""
+    generator = make("d" + "f" * 20, engines=2)
+    generator.wait()
+    answers = generator.generate(requests(0, 2, 4))
+    assert [[a.text[:2] for a in texts] for texts in answers] == [["0 ", "1 "], ["2 ", "3 "], ["4 ", "5 "]]
+    assert len({a.text[-1] for texts in generator.generate(requests(0, 2)) for a in texts}) == 1
+
+
 def test_options_that_vllm_refuses_are_one_clear_line(make):
     with pytest.raises(InputError, match=r"vLLM cannot serve .*no such option.*check generator"):
         make("f").wait()

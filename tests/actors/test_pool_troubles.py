@@ -1,0 +1,168 @@
+"""What the pool makes of troubles that are not a candidate's: machines that stay away, that break whatever they are
+given, or whose disk is full. Replicas are scripted here; `test_pool` has real ones."""
+
+import time
+
+import pytest
+import ray
+import torch
+
+from autoprune.actors.messages import Evaluation
+from autoprune.actors.placement import ActorResources
+from autoprune.actors.pool import CONTROL, STARTS, EvaluatorPool, _Start
+from autoprune.actors.replica import PoolPlan
+from autoprune.algorithms.algorithm import Algorithm
+from autoprune.models.errors import InputError, Lost
+
+DIED = ray.exceptions.ActorDiedError
+
+
+class Scripted:
+    """A replica whose `advance` gives one state after the other, the last one for ever; errors are raised."""
+
+    def __init__(self, *states):
+        self.states, self.calibrated, self.starts = list(states), [], 0
+        self.digest, self.profiles = ["same"], []
+
+    def start(self):
+        self.starts += 1
+
+    def kill(self):
+        pass
+
+    def take_up(self):
+        pass
+
+    def calibrate(self, expected=()):
+        self.calibrated.append(list(expected))
+
+    def dense(self, split):
+        return []
+
+    def advance(self, timeout=0.0):
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if isinstance(state, Exception):
+            raise state
+        return state
+
+
+class Pool(EvaluatorPool):
+    """script: what is measured, in order; then the control."""
+
+    script = ()
+
+    def _collect(self, split, reports):
+        return Evaluation(1.0, 1)
+
+    def _planned(self, *_):
+        return []
+
+    def _evaluate(self, jobs, split, sparsity):
+        yield from self.script if jobs[0] != CONTROL else [(0, self.control)]
+
+
+def make(*replicas, **changes) -> Pool:
+    text = torch.zeros(2, 3, dtype=torch.int64)
+    plan = PoolPlan(
+        bounds=((0, 1),),
+        replicas=len(replicas),
+        threads=1,
+        dtype="float32",
+        sparsity=0.5,
+        splits={"calibration": text, "fitness": text, "report": text.repeat(4, 1)},
+        statistics=frozenset(),
+        features=frozenset(),
+        deadline=60.0,
+        attempts=2,
+        resources=ActorResources(0.0, 0, "cpu"),
+        **{"model": "none", **changes},
+    )
+    pool = Pool(plan)
+    pool._replicas = list(replicas)
+    return pool
+
+
+@pytest.fixture
+def started(cluster, monkeypatch):
+    def start(*replicas, **changes):
+        left = list(replicas)
+        monkeypatch.setattr("autoprune.actors.pool.Replica", lambda *_: left.pop(0))
+        pool = make(*replicas, **changes)
+        pool.start()
+        return pool
+
+    return start
+
+
+def test_one_replica_that_stays_away_is_no_reason_to_give_up_another_that_restarts():
+    pool = make(Scripted(DIED()), Scripted("waiting"))
+    pool._starting = {0: _Start(time.monotonic(), STARTS), 1: _Start(time.monotonic())}
+    assert pool._look_after() == []
+    pool._replicas[1] = Scripted(DIED())
+    pool._starting[1].tries = STARTS
+    with pytest.raises(Lost, match="could not be replaced"):
+        pool._look_after()
+
+
+@pytest.mark.parametrize("state", ["", "kept"])
+def test_any_replica_may_be_the_first(started, state):
+    well = Scripted("bare", "ready")
+    pool = started(Scripted(DIED(), "waiting"), well, state=state)
+    assert well.calibrated == [[]] and list(pool._starting) == [0] and set(pool.dense) == {"fitness", "report"}
+    with pytest.raises(Lost, match="could not start"):
+        started(Scripted(DIED()), Scripted(DIED()))
+
+
+def test_what_a_later_replica_learns_for_itself_is_kept_only_if_it_is_the_same(started):
+    second = Scripted("bare", "bare", "ready")
+    started(Scripted("ready"), second, state="kept")
+    assert second.calibrated == [["same"]]
+
+
+def test_a_model_that_a_machine_cannot_load_is_wrong_input(started):
+    said = "autoprune.models.errors.InputError: no model 'x'"
+    trouble = DIED(ray.exceptions.RayTaskError("load", said, ValueError()))
+    with pytest.raises(InputError, match="^no model 'x'$"):
+        started(Scripted(trouble))
+
+
+POISON, FINE = Evaluation(None, 0, error="given up", poison=True), Evaluation(2.0, 5)
+FAILED = Evaluation(None, 0, error="not finite")
+
+
+@pytest.mark.parametrize(
+    ("script", "order"),
+    [([(0, POISON), (1, FINE)], [0, 1]), ([(0, POISON), (2, FAILED), (1, FINE)], [2, 0, 1]), ([(0, POISON)], [0])],
+)
+def test_a_candidate_is_poison_once_another_one_was_measured(script, order):
+    pool = make(Scripted("ready"))
+    pool.script, pool.control = script, FINE
+    assert [index for index, _ in pool.evaluate([Algorithm("x")] * 3)] == order
+
+
+def test_where_nothing_can_be_measured_no_candidate_is_to_blame():
+    pool = make(Scripted("ready"))
+    pool.script, pool.control, seen = [(1, FAILED), (0, POISON), (2, POISON)], POISON, []
+    with pytest.raises(Lost, match="magnitude pruning, too .*evaluators.deadline"):
+        for index, _ in pool.evaluate([Algorithm("x")] * 3, "report"):
+            seen.append(index)
+    assert seen == [1]
+
+
+def test_more_text_may_take_as_much_longer():
+    pool = make(Scripted("ready"))
+    assert (pool._deadline("fitness"), pool._deadline("report"), pool._deadline("report[0,3]")) == (60.0, 240.0, 60.0)
+
+
+def test_a_full_disk_of_an_evaluators_machine_is_not_the_drivers(cluster, tiny_model, tmp_path):
+    @ray.remote(num_cpus=0)
+    class Full:
+        def export(self, *_):
+            raise OSError(28, "No space left on device")
+
+    replica = Scripted("ready")
+    replica.actors = [Full.remote()]
+    pool = make(replica, model=str(tiny_model))
+    with pytest.raises(Lost, match="could not write .*No space left"):
+        pool.export(tmp_path / "out", Algorithm("def score(W):\n    return W.abs()\n"), {})
+    assert replica.starts == 1 and not list(tmp_path.iterdir())
