@@ -1,12 +1,13 @@
-"""Strategies of search at equal budgets: GCoT, a plain top-k prompt, best of N, genetic, and random.
+"""Strategies of search at equal answers and full evaluations: GCoT, a plain top-k prompt, best of N, genetic, random.
 
     python bench/search/search.py runs/strategies                     # all that is missing, seed by seed
     python bench/search/search.py runs/strategies --arms genetic random --seeds 0
     python bench/search/search.py runs/strategies --only-report       # table and plot of what is there
 
 Each strategy and seed is one search with the configuration in search.yaml, run one after the other on one pool of
-evaluators and one vLLM. Stopped at any time, the same command goes on. What is finished is in results/, one file per
-search, and is not run again; table.md and search.png are made of these files.
+evaluators and one vLLM. Cheap measurements and tokens are not equal: GCoT takes more of both than top-k. Stopped at any
+time, the same command goes on. What is finished is in results/, one file per search, and is not run again; table.md and
+search.png are made of these files.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class PoolHere(EvaluatorPool):
 
     def start(self) -> None:
         plan = self.plan
-        self._shard = EvaluatorShard(plan.model, 0, plan.blocks, plan.dtype, "cpu", torch.get_num_threads())
+        self._shard = EvaluatorShard(plan.model, 0, plan.bounds[-1][1], plan.dtype, "cpu", torch.get_num_threads())
         tokens = plan.splits["calibration"]
         self._shard.calibrate(tokens, plan.statistics, plan.features)
         if "g_rms" in plan.statistics:
@@ -106,7 +106,7 @@ class Place:
             "http://host:8000/v1": server,
             "/mnt/shared": str(folder / "shared"),
         }
-        for name, documents, sentences in (("wikipedia", 106, 6), ("my", 700, 1)):
+        for name, documents, sentences in (("wikipedia", 106, 6), ("my", 700, 1), ("unseen", 50, 1)):
             rows = ({"text": "".join(SENTENCE.format(7 * d + s) for s in range(sentences))} for d in range(documents))
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         shutil.copytree(ROOT / "configs", folder / "configs")

@@ -16,6 +16,7 @@ from place import Place, PoolHere
 from autoprune.actors.pool import EvaluatorPool
 from autoprune.pipeline import plots
 from autoprune.pipeline.cli import _parser, main
+from autoprune.pipeline.comparison import load_comparison
 from autoprune.pipeline.config import load_config
 
 # Commands that other tests run, or that run all tests.
@@ -65,9 +66,9 @@ def place(tmp_path_factory, tiny_model, cluster):
         patch.setenv("AUTOPRUNE_CACHE", str(place.folder / "cache"))
         patch.setattr("autoprune.models.bundled._fetch", lambda entry, _: pytest.fail(f"{entry.name} would be fetched"))
         for block in BLOCKS:
-            name = re.match(r"# (\w+\.py)\n", block.text)
+            name = re.match(r"# (\w+\.(?:py|yaml))\n", block.text)
             if name:
-                (place.folder / name[1]).write_text(block.text)
+                (place.folder / name[1]).write_text(place.named(block.text))
         assert place.search() == 0
         shutil.copytree("runs/demo", "runs/mine")
         shutil.copytree(place.folder / "runs" / "demo" / "model", "pruned")
@@ -156,7 +157,7 @@ def test_python_runs_and_the_algorithm_language_is_in_it(block, place, capsys):
 def test_a_configuration_can_be_read_and_one_with_a_target_be_searched(block, place, tmp_path):
     file = tmp_path / "page.yaml"
     file.write_text(place.named(block.text))
-    load_config(file)
+    (load_comparison if "methods:" in block.text else load_config)(file)
     if "target:" in block.text:
         texts = {"calibration": "0:40", "fitness": "40:70", "report": "70:106"}
         sets = ["name=page", *(f"data.{name}=wikipedia-sample[{documents}]" for name, documents in texts.items())]
