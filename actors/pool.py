@@ -59,7 +59,7 @@ class EvaluatorPool:
         """report: called with a line for people when something worth knowing happens. places: of each replica; empty:
         anywhere. actor: the class of the actors (see `Replica`)."""
         self.plan = plan
-        self.restarts = 0
+        self.restarts, self._stopped = 0, False
         self._report, self._places, self._actor = report, places or [None] * plan.replicas, actor
         self._replicas: list[Replica] = []
         self._starting: dict[int, _Start] = {}
@@ -128,6 +128,8 @@ class EvaluatorPool:
 
     def _renew(self, index: int, reason: str) -> None:
         """Make a replica anew; `_look_after` sees to the rest."""
+        if self._stopped:  # by another thread
+            raise Lost(f"the evaluators were stopped while they worked ({reason})")
         self._report(f"an evaluator is replaced ({reason})")
         self.restarts += 1
         before = self._starting.get(index)
@@ -190,6 +192,7 @@ class EvaluatorPool:
         return [profile.numel for profile in self._profiles]
 
     def stop(self) -> None:
+        self._stopped = True
         for replica in self._replicas:
             replica.kill()
 

@@ -6,6 +6,7 @@ import bz2
 import difflib
 import hashlib
 import html
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -52,14 +53,31 @@ def load_corpus(spec: str) -> Corpus:
       is one), .jsonl or .parquet (column `text`, or `prefix` + `gold_completion` put together);
     - a hub dataset `organisation/name`, `…:configuration`, `…:configuration:split` or `…::split`; the split is
       `train` unless given, and the columns are those of .jsonl.
+    Of a hub dataset no more is fetched than up to the slice's end, where it has one that counts from the front.
     Raises InputError for what is none of these, cannot be read, or is empty.
     """
     source, start, stop = _parse(spec)
-    documents = [text for text in _read(source) if text.strip()]
+    ahead = stop is not None and stop >= 0 and (start is None or start >= 0)
+    documents = list(itertools.islice(filter(str.strip, _read(source, ahead)), stop if ahead else None))
     chosen = tuple(documents[start:stop])
+    if not documents and stop != 0:
+        raise InputError(f"{source} is empty: expected text")
     if not chosen:
-        raise InputError(f"{spec} holds no documents; {source} has {len(documents)}, numbered from 0")
+        count = f"at least {len(documents)}" if ahead and len(documents) == stop else len(documents)
+        raise InputError(f"{spec} holds no documents; {source} has {count}, numbered from 0")
     return Corpus(spec, chosen, hashlib.sha256(SEPARATOR.join(chosen).encode()).hexdigest())
+
+
+def check_spec(spec: str) -> None:
+    """InputError for what is no corpus, as far as that can be told without reading it."""
+    source, *_ = _parse(spec)
+    if source in CATALOGUE and CATALOGUE[source].kind == "corpus":
+        return
+    path = Path(source).expanduser()
+    if path.suffix in SUFFIXES:
+        _existing(path, source)
+    else:
+        _hub_parts(source)
 
 
 def overlap(spec_a: str, spec_b: str) -> bool:
@@ -134,15 +152,20 @@ def _hub_parts(source: str) -> tuple[str, str, str]:
     return match["id"], match["configuration"] or "", match["split"] or "train"
 
 
-def _read(source: str) -> list[str]:
+def _read(source: str, ahead: bool = False) -> Iterable[str]:
+    """Documents, empty ones too. ahead: not all of them will be asked for."""
     if source in CATALOGUE and CATALOGUE[source].kind == "corpus":
         return _read_file(fetch(source) / "documents.jsonl")
     path = Path(source).expanduser()
     if path.suffix in SUFFIXES:
-        if not path.is_file():
-            raise InputError(f"there is no file {source}; check the path")
-        return _read_file(path)
-    return _read_hub(*_hub_parts(source))
+        return _read_file(_existing(path, source))
+    return _read_hub(*_hub_parts(source), ahead)
+
+
+def _existing(path: Path, source: str) -> Path:
+    if not path.is_file():
+        raise InputError(f"there is no file {source}; check the path")
+    return path
 
 
 def _read_file(path: Path) -> list[str]:
@@ -167,22 +190,29 @@ def _read_file(path: Path) -> list[str]:
         raise InputError(f"cannot read the text in {path}: {type(error).__name__}: {error}") from error
 
 
-def _read_hub(name: str, configuration: str, split: str) -> list[str]:
+def _read_hub(name: str, configuration: str, split: str, ahead: bool) -> Iterator[str]:
+    """ahead: row by row as they arrive, in the same order; a cached copy, which is all that there is offline, is read
+    from the disk in any case."""
     from datasets import load_dataset
     from huggingface_hub import HfApi, constants
 
     try:
         if not constants.HF_HUB_OFFLINE:  # one short question: `datasets` alone retries for half a minute
             HfApi().dataset_info(name, timeout=HUB_SECONDS)
-        dataset = load_dataset(name, configuration or None, split=split)
+        streaming = ahead and not constants.HF_HUB_OFFLINE
+        dataset = load_dataset(name, configuration or None, split=split, streaming=streaming)
+        columns: list[str] = []
+        for row in dataset:
+            columns = columns or _text_columns(row, name)
+            yield "".join(row[column] for column in columns)
+    except InputError:
+        raise
     except Exception as error:  # its own errors, the hub's, the HTTP library's, Arrow's
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"cannot load the hub dataset {name} (configuration {configuration or 'default'}, split {split}): {reason}"
             "; check the name and the network (HF_HUB_OFFLINE=1 uses a cached copy), or give a local or bundled text"
         ) from error
-    columns = _text_columns(dataset.column_names, name)
-    return ["".join(parts) for parts in zip(*(dataset[column] for column in columns), strict=True)]
 
 
 def _text_columns(names: Iterable[str], source: object) -> list[str]:

@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class Lost(RuntimeError):
     """Something that the search stands on went away; the run folder is whole and can be resumed. Exit code 1."""
+
+
+class TakenOver(Lost):
+    """Another search goes on with this run: this one must not be resumed beside it."""

@@ -28,7 +28,9 @@ COPIED = (".json", ".txt", ".model", ".jinja")  # configuration and tokenizer fi
 
 def check_output(out: Path) -> None:
     """InputError unless `out` is new or an empty folder in a place where a folder can be made."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not out.is_dir():
+        raise InputError(f"output {out} is a file: choose another --out, a folder that is new or empty")
+    if out.exists() and any(out.iterdir()):
         raise InputError(f"output folder {out} exists and is not empty: choose another --out or remove it")
     parent = next(p for p in [out, *out.parents] if p.exists())
     if not os.access(parent, os.W_OK) or not parent.is_dir():

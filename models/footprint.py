@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from autoprune.algorithms.statistics import GRAM_READERS
 from autoprune.models.families import build
 from autoprune.models.layers import block_layers, inside
-from autoprune.models.loading import HUB_ID, load_config, resolve_model
+from autoprune.models.loading import HUB_MODEL, load_config, resolve_model
 from autoprune.models.shard import GRADIENT_WINDOWS, PROFILE_WINDOWS, WINDOWS_AT_ONCE
 
 ARCHITECTURES = Path(__file__).parent / "architectures"  # of models that are large to fetch, and well known
@@ -26,9 +26,10 @@ def known_config(name: str) -> PretrainedConfig:
     stored = ARCHITECTURES / f"{name.replace('/', '--')}.json"
     if stored.is_file():
         return load_config(stored)
-    if Path(name).expanduser().is_dir() or not HUB_ID.fullmatch(name):
+    match = HUB_MODEL.fullmatch(name)
+    if Path(name).expanduser().is_dir() or match is None:
         return load_config(resolve_model(name))
-    return load_config(name)
+    return load_config(match["id"], match["revision"])
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ BUNDLED_MODELS = [name for name, entry in CATALOGUE.items() if entry.kind == "mo
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja", "merges.txt")
 HUB_SECONDS = 10  # for the first answer; a download that has begun may take as long as it needs
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_MODEL = re.compile(rf"(?P<id>{HUB_ID.pattern})(?:@(?P<revision>[\w.-]+))?")
 
 # Tensors of a GGUF file whose names begin with `blk.<n>.`, for the two architectures that the catalogue holds.
 GGUF_BLOCK = {
@@ -38,7 +39,8 @@ DEQUANTISE_ROWS = 8192  # at a time: the largest matrix (151,936 × 1,536) would
 
 
 def resolve_model(name: str) -> Path:
-    """The folder of a model: a bundled name, a local folder with a config.json, or a hub id `organisation/name`.
+    """The folder of a model: a bundled name, a local folder with a config.json, or a hub id `organisation/name`, of the
+    newest revision or that of `organisation/name@revision`.
 
     Downloads what is not on disk yet. Raises InputError when it is none of these or cannot be had.
     """
@@ -51,8 +53,8 @@ def resolve_model(name: str) -> Path:
         if not (folder / "config.json").is_file():
             raise InputError(f"the folder {name} has no config.json; expected a model as `save_pretrained` writes it")
         return folder
-    if HUB_ID.fullmatch(name):
-        return _from_hub(name)
+    if match := HUB_MODEL.fullmatch(name):
+        return _from_hub(match["id"], match["revision"])
     near = difflib.get_close_matches(name.lower(), BUNDLED_MODELS, 1, 0.4)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise InputError(
@@ -61,21 +63,38 @@ def resolve_model(name: str) -> Path:
     )
 
 
-def _from_hub(name: str) -> Path:
+def pinned(name: str, folder: Path) -> str:
+    """The name of a model that was found in this folder, of the hub with its revision: whoever asks for it later gets
+    the same files, those on its disk where the hub is away."""
+    match = HUB_MODEL.fullmatch(name)
+    if match is None or Path(name).expanduser().is_dir() or folder.parent.name != "snapshots":
+        return name
+    return f"{match['id']}@{folder.name}"
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         # One short question first: a hub that cannot be reached is known at once, not after every file's retries.
-        revision = HfApi().model_info(name, timeout=HUB_SECONDS).sha
+        HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
     except GatedRepoError as error:
         raise InputError(f"{name} needs its owner's permission; ask for it on the hub, then set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
         raise InputError(f"the hub has no model {name} that you may see; check the name, or set HF_TOKEN") from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"the hub has no revision {revision} of {name}; check it, or leave it out") from error
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
         try:
-            return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), local_files_only=True))
+            local = {"allow_patterns": list(HUB_FILES), "local_files_only": True}
+            return Path(snapshot_download(name, revision=revision, **local))
         except LocalEntryNotFoundError:
             raise InputError(
                 f"cannot get {name} from the model hub ({type(error).__name__}); check the network, "
@@ -83,12 +102,12 @@ def _from_hub(name: str) -> Path:
             ) from error
 
 
-def load_config(path: Path | str) -> PretrainedConfig:
-    """The configuration of a resolved model; code from the folder is never run."""
+def load_config(path: Path | str, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a resolved model, or of a hub id's revision; code from the folder is never run."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"cannot read the model configuration in {path}: {_first_line(error)}") from error
 

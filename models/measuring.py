@@ -24,9 +24,9 @@ CALIBRATION = "calibration"  # the split that statistics come from
 class Measurement:
     """One algorithm, or the dense model, on one split.
 
-    nll: nats per token over `tokens` scored tokens; kl: mean KL(dense ‖ pruned) per token, nats, 0 where it was not
-    asked for; both with the standard error over windows. sparsity: achieved, of all prunable weights;
-    block_sparsities likewise per block. fallbacks, dead_inputs, damped: see `ShardReport`.
+    nll: nats per token over `tokens` scored tokens, window_nlls of each window; kl: mean KL(dense ‖ pruned) per token,
+    nats, 0 where it was not asked for; both with the standard error over windows. sparsity: achieved, of all prunable
+    weights; block_sparsities likewise per block. fallbacks, dead_inputs, damped: see `ShardReport`.
     pruning_seconds: scores, selection and updates; forward_seconds: the rest of its way, of which algorithms side by
     side bear equal parts (statistics that they share included).
     """
@@ -44,6 +44,7 @@ class Measurement:
     damped: int
     pruning_seconds: float
     forward_seconds: float
+    window_nlls: tuple[float, ...] = ()
 
 
 class Workbench:
@@ -175,4 +176,5 @@ def _measurement(report: ShardReport, tokens: int, seconds: float) -> Measuremen
         damped=report.damped,
         pruning_seconds=report.pruning_seconds,
         forward_seconds=seconds,
+        window_nlls=tuple(nlls),
     )

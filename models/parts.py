@@ -49,6 +49,7 @@ class PartWriter:
         part = self._part(index)
         if index + 1 == self.model.count or self._part(index + 1) != part:
             save_file(self._tensors, self.paths[part], metadata={"format": "pt"})
+            self.paths[part].chmod(0o644)  # safetensors writes 0600; a checkpoint is as readable as any other output
             self._tensors = {}
 
     def _part(self, index: int) -> int:

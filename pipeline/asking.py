@@ -17,7 +17,14 @@ from autoprune.pipeline.checkpoint import load_checkpoint
 from autoprune.pipeline.config import FREE_GROUP, Config
 from autoprune.pipeline.lineage import Candidate, Lineage, checkpointed
 from autoprune.pipeline.mirror import CHECKPOINT
-from autoprune.pipeline.wording import algorithm_text, difference_text, measured_text, perplexity_text, plain
+from autoprune.pipeline.wording import (
+    algorithm_text,
+    difference_text,
+    fitness_text,
+    measured_text,
+    perplexity_text,
+    plain,
+)
 
 OPERATORS = ("seed", "explore", "mutate", "crossover", "simplify", "tune", "repair", "improve", "sample")
 VERDICTS = ("confirmed", "refuted", "inconclusive")
@@ -84,8 +91,9 @@ def reasoning(lineage: Lineage, candidate: Candidate) -> list[dict]:
     return [facts(lineage, one) for one in lineage.ancestors_path(candidate.id)]
 
 
-def reasoning_lines(lineage: Lineage, candidate: Candidate) -> list[str]:
-    """The chain of reasoning for a terminal: claim, evidence, conclusion of each step."""
+def reasoning_lines(lineage: Lineage, candidate: Candidate, combined: str = "") -> list[str]:
+    """The chain of reasoning for a terminal: claim, evidence, conclusion of each step. combined: see
+    `Target.combined`."""
     lines = []
     for number, one in enumerate(lineage.ancestors_path(candidate.id), start=1):
         parents = f" of {' and '.join(one.parents)}" if one.parents else ""
@@ -98,7 +106,7 @@ def reasoning_lines(lineage: Lineage, candidate: Candidate) -> list[str]:
         if one.status != "evaluated":
             lines.append(f"   Evidence:   none; {one.status}: {plain(one.error or '')}")
             continue
-        lines.append(f"   Evidence:   perplexity {perplexity_text(one.fitness)} on the fitness split")
+        lines.append(f"   Evidence:   {fitness_text(one.fitness, combined)} on the fitness split")
         for parent in one.parents:
             edge = lineage.edge(parent, one.id)
             if "effect" in edge:
@@ -117,11 +125,13 @@ def chosen(lineage: Lineage, operator: str | None, status: str | None, verdict: 
     ]
 
 
-def table(lineage: Lineage, candidates: list[Candidate]) -> Table:
-    """One line for each candidate: what it descends from, what became of it, and its claim."""
+def table(lineage: Lineage, candidates: list[Candidate], combined: str = "") -> Table:
+    """One line for each candidate: what it descends from, what became of it, and its claim. combined: see
+    `Target.combined`."""
     result = Table(box=None, padding=(0, 2, 0, 0))
-    for header in ("candidate", "operator", "of", "status", "perplexity", "Δ nats", "verdict", "claim, or error"):
-        result.add_column(header, justify="right" if header in ("perplexity", "Δ nats") else "left", overflow="fold")
+    measured = f"× dense ({combined})" if combined else "perplexity"
+    for header in ("candidate", "operator", "of", "status", measured, "Δ nats", "verdict", "claim, or error"):
+        result.add_column(header, justify="right" if header in (measured, "Δ nats") else "left", overflow="fold")
     for one in candidates:
         edge = lineage.edge(one.parents[0], one.id) if one.parents else {}
         effect = difference_text(edge["effect"], edge["effect_error"], "") if "effect" in edge else ""
@@ -169,14 +179,15 @@ def shown(lineage: Lineage, candidate: Candidate, config: Config) -> dict:
             f"{candidate.id} has no algorithm: its answer could not be read ({plain(candidate.error or '')})"
         )
     command = prune_command(config, f"{candidate.id}.py", f"pruned-{candidate.id}")
-    return facts(lineage, candidate) | {"command": command}
+    return facts(lineage, candidate) | {"command": command, "combined": config.target.combined}
 
 
 def shown_text(found: dict) -> str:
     """A file that `autoprune prune --score` takes: the algorithm, and in comments what it is and how to use it."""
     nll, parents = found["fitness_nll"], found["parents"]
     lines = [f"{found['id']} ({found['operator']}{' of ' + ', '.join(parents) if parents else ''})"]
-    lines.append(f"Perplexity {perplexity_text(nll)} on the fitness split" if nll is not None else found["status"])
+    measured = "" if nll is None else fitness_text(nll, found["combined"])
+    lines.append(f"{measured[0].upper()}{measured[1:]} on the fitness split" if measured else found["status"])
     lines += [f"Claim: {plain(found['hypothesis'])}"] if found["hypothesis"] else []
     lines.append(f"In a file {found['id']}.py: {found['command']}")
     return "\n".join(f"# {line}" for line in lines) + "\n" + found["algorithm"]

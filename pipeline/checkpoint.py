@@ -172,6 +172,14 @@ def save_checkpoint(
     return path
 
 
+def drop_newer(folder: Path, generation: int) -> None:
+    """Remove the checkpoints after a generation, which a search could not go on from: those that it writes now would be
+    taken for older ones than these."""
+    for number, path in _checkpoints(folder):
+        if number > generation:
+            shutil.rmtree(path)
+
+
 def _read_checkpoint(path: Path, generation: int) -> Loaded:
     """One checkpoint; ValueError or OSError says what is wrong with it."""
     manifest = json.loads((path / MANIFEST).read_bytes())

@@ -193,5 +193,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="bundled name, local folder or hub id")
+    parser.add_argument("--model", required=True, help="bundled name, local folder or hub id, perhaps with @revision")
     parser.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16", "float16"))

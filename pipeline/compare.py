@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Protocol
 
@@ -24,8 +23,9 @@ from autoprune.algorithms.statistics import GRAM_READERS
 from autoprune.algorithms.tuning import Tuning
 from autoprune.models.catalogue import sha256_of
 from autoprune.models.checkpoint_files import weight_files
-from autoprune.models.corpora import Corpus, load_corpus, overlap, token_windows
+from autoprune.models.corpora import Corpus, load_corpus, token_windows
 from autoprune.models.errors import InputError
+from autoprune.models.footprint import model_sizes
 from autoprune.models.loading import load_config, load_tokenizer, resolve_model
 from autoprune.models.masking import needs
 from autoprune.models.measuring import Measurement, Workbench
@@ -33,7 +33,7 @@ from autoprune.models.pruning import check_model, default_device, native_dtype
 from autoprune.pipeline.comparison import Cell, Comparison, Result, Subject, cells
 from autoprune.pipeline.comparison_report import Findings, figure, write_plots, write_tables
 from autoprune.pipeline.launch import signals
-from autoprune.pipeline.preparation import SPLITS, absolute, spread
+from autoprune.pipeline.preparation import SPLITS, absolute, check_splits, misfit, spread
 
 CONFIG_FILE, CELLS = "config.yaml", "cells"  # in the run folder
 
@@ -76,8 +76,8 @@ def open_workbench(
     )
 
 
-def run_comparison(config: Comparison, say: Say, open_bench: OpenBench = open_workbench) -> Path:
-    """Measure what is missing and write results.csv, results.md and the pictures. Returns the run folder.
+def run_comparison(config: Comparison, say: Say, open_bench: OpenBench = open_workbench) -> ComparisonRun:
+    """Measure what is missing and write results.csv, results.md and the pictures.
 
     Raises InputError for anything that cannot be used, before anything is measured; Stopped after a signal.
     """
@@ -107,10 +107,9 @@ def run_comparison(config: Comparison, say: Say, open_bench: OpenBench = open_wo
             status = "KILLED"
             raise
         finally:
-            errors = sum(result.error is not None for result in run.results.values())
-            tracker.finish(status, {"cells": len(run.results), "errors": errors}, artifacts)
+            tracker.finish(status, {"cells": len(run.results), "errors": run.failed}, artifacts)
     say(f"MLflow: {tracker.ui_command}")
-    return folder
+    return run
 
 
 def settled(config: Comparison) -> Comparison:
@@ -125,11 +124,8 @@ def settled(config: Comparison) -> Comparison:
 
 def prepare(config: Comparison) -> list[Subject]:
     """The models with their texts as tokens. Raises InputError where a model or a text cannot be used."""
-    specs = {name: getattr(config.data, name) for name in SPLITS}
-    for (name, spec), (other, other_spec) in combinations(specs.items(), 2):
-        if overlap(spec, other_spec):
-            raise InputError(f"data.{other} ({other_spec}) overlaps data.{name} ({spec}): give them different texts")
-    texts = {name: load_corpus(spec) for name, spec in specs.items()}
+    check_splits(config.data)
+    texts = {name: load_corpus(getattr(config.data, name)) for name in SPLITS}
     return [_subject(config, model, texts) for model in config.models]
 
 
@@ -137,6 +133,10 @@ def _subject(config: Comparison, model: str, texts: dict[str, Corpus]) -> Subjec
     folder = resolve_model(model)
     context = config.data.context
     check_model(folder, model, context)
+    options = load_config(folder)
+    for pattern in dict.fromkeys(target.pattern for target in config.targets() if target.pattern):
+        for line in misfit(pattern, model, model_sizes(options, model, config.dtype)):
+            raise InputError(line)
     tokenizer = load_tokenizer(folder)
     limits = {name: getattr(config.data, f"{name}_windows") for name in texts}
     limits["fitness"] = None
@@ -147,7 +147,7 @@ def _subject(config: Comparison, model: str, texts: dict[str, Corpus]) -> Subjec
     return Subject(
         model=model,
         folder=folder,
-        blocks=load_config(folder).get_text_config().num_hidden_layers,
+        blocks=options.get_text_config().num_hidden_layers,
         checkpoint={
             "config": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
             "weights": {path.name: sha256_of(path) for path in sorted(set(weight_files(folder).values()))},
@@ -192,6 +192,11 @@ class ComparisonRun:
             result = self._read(cell)
             if result is not None:
                 self.results[cell.key] = result
+
+    @property
+    def failed(self) -> int:
+        """How many cells have an error in place of figures."""
+        return sum(result.error is not None for result in self.results.values())
 
     def measure(self) -> None:
         """Everything that is missing, model by model; the tracker hears of what is there, too."""

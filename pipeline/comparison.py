@@ -238,6 +238,7 @@ class Result:
     dead_inputs, damped: see `models.shard.ShardReport`.
     fitness_nll, trace: of a tuned allocation, the best on the fitness split, and every allocation that was tried, as
     [its text, nats per token]; the latter is None where it is not finite. seconds: all that the cell took.
+    window_nlls: the NLL of each window; empty in cells of earlier versions.
     """
 
     seconds: float
@@ -258,6 +259,7 @@ class Result:
     forward_seconds: float | None = None
     fitness_nll: float | None = None
     trace: tuple[Sequence, ...] = ()
+    window_nlls: tuple[float, ...] = ()
 
     def to_bytes(self, cell: Cell) -> bytes:
         """The content of the cell's file."""
@@ -271,6 +273,7 @@ class Result:
             raise ValueError("it describes another cell")
         try:
             tuples = {name: tuple(content["result"][name]) for name in ("block_sparsities", "fallbacks", "trace")}
+            tuples["window_nlls"] = tuple(content["result"].get("window_nlls", ()))
             return cls(**content["result"] | tuples)
         except (KeyError, TypeError) as error:
             raise ValueError(f"it holds no result ({error})") from None
@@ -321,6 +324,8 @@ def check_comparison(config: Comparison) -> None:
             start = allocation.removesuffix(TUNED)
             if allocation == OWN:
                 continue
+            if start == OWN:
+                raise InputError(f"methods.allocations holds {allocation!r}: what a file says itself cannot be tuned")
             rule = read_allocation(start).name
             if start != allocation and (":" in start or not RANGES[rule]):
                 reason = "tune them or give them" if RANGES[rule] else f"{rule} has no parameters to tune"

@@ -16,7 +16,9 @@ from autoprune.actors.storage import write_atomic
 from autoprune.algorithms.allocation import by_layer
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.comparison import DENSE, Cell, Comparison, Method, Result, Subject, Target
+from autoprune.pipeline.lineage import paired_difference
 from autoprune.pipeline.plots import comparison_png
+from autoprune.pipeline.wording import difference_text
 
 COLUMNS = (
     "model", "score", "update", "group", "allocation", "parameters", "sparsity", "sparsity_achieved", "perplexity",
@@ -29,6 +31,7 @@ AS_MEASURED = (
     "tokens",
 )  # fmt: skip
 SPARSITY_MISSED = 0.002  # from the target on: whole rows and whole numbers n of m cost a little less
+NOTHING, BEST = "–", "best"  # in tables: not measured; what others are set against
 KINDS = {False: "Mask only", True: "With weight update"}
 
 Results = dict[str, Result]  # by the cell's key
@@ -184,7 +187,8 @@ def _header(config: Comparison, found: Findings) -> str:
     texts = {name: f"{corpus} ({windows[name]} windows)" for name, (corpus, _) in subject.texts.items()}
     tuned = f"; tuned on {texts['fitness']}" if any(method.tuned for method in found.methods) else ""
     return (
-        f"ppl_token@{_context(found)} (KL to the dense model, nats per token), {subject.dtype}; calibrated on "
+        f"ppl_token@{_context(found)} ± standard error over windows (KL to the dense model, nats per token), "
+        f"{subject.dtype}; calibrated on "
         f"{texts['calibration']}{tuned}; measured on {texts['report']}, {dense.tokens:,} tokens; dense perplexity "
         f"{figure(dense.nll)}."
     )
@@ -198,13 +202,25 @@ def figure(nll: float) -> str:
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.1e}"
 
 
+def _figure_of(result: Result) -> str:
+    """Perplexity with its standard error over windows, to first order that of the NLL times the perplexity."""
+    text, error = figure(result.nll), result.standard_error
+    if error is None or not math.isfinite(perplexity_of(result)):
+        return text
+    return f"{text} ± {figure(math.log(error * perplexity_of(result)))}" if error else f"{text} ± 0.00"
+
+
 def _table(found: Findings, methods: list[Method]) -> list[str]:
     """The table, what stands below it about each sparsity, and the errors that it points at."""
     errors: list[str] = []
     columns = [_column(found, methods, target, errors) for target in found.targets]
     names = [DENSE, *(str(method) for method in methods)]
-    rows = [["method", *(str(target) for target in found.targets)], *map(list, zip(names, *columns, strict=True))]
-    sections = [_aligned(rows)]
+    head = ["method", *(str(target) for target in found.targets)]
+    sections = [_aligned([head, *map(list, zip(names, *columns, strict=True))])]
+    paired = [_paired(found, methods, target) for target in found.targets]
+    if any(text not in (NOTHING, BEST) for column in paired for text in column):
+        sections.append("Nats above the best of the column, paired over the windows:")
+        sections.append(_aligned([head, *map(list, zip(names[1:], *paired, strict=True))]))
     lines = [_standing(found, methods, target) for target in found.targets]
     if any(lines):
         sections.append("\n".join(f"- {line}" for line in lines if line))
@@ -219,19 +235,35 @@ def _table(found: Findings, methods: list[Method]) -> list[str]:
 def _column(found: Findings, methods: list[Method], target: Target, errors: list[str]) -> list[str]:
     """The texts of one column, dense first; texts of errors that are new go to the end of `errors`."""
     nlls = [nll for method in methods if (nll := found.nll(method, target)) is not None]
-    texts = [figure(found.dense.nll)]
+    texts = [_figure_of(found.dense)]
     for method in methods:
         result = found.result(method, target)
         if result is None:
-            texts.append("–")
+            texts.append(NOTHING)
         elif result.error is not None:
             line = " ".join(result.error.split()).replace("|", "\\|")
             if line not in errors:
                 errors.append(line)
             texts.append(f"error {errors.index(line) + 1}")
         else:
-            text = f"{figure(result.nll)} ({result.kl:.3f})"
+            text = f"{_figure_of(result)} ({result.kl:.3f})"
             texts.append(f"**{text}**" if result.nll == min(nlls) else text)
+    return texts
+
+
+def _paired(found: Findings, methods: list[Method], target: Target) -> list[str]:
+    """How far each method is from the best of a column. The texts' own difficulty, which is most of the standard error
+    of a figure, is the same for both."""
+    results = {m: result for m in methods if (result := found.result(m, target)) and result.window_nlls}
+    best = min(results.values(), key=lambda result: result.nll, default=None)
+    texts = []
+    for method in methods:
+        if method not in results:
+            texts.append(NOTHING)
+        elif results[method] is best:
+            texts.append(BEST)
+        else:
+            texts.append(difference_text(*paired_difference(results[method], best), ""))
     return texts
 
 

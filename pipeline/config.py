@@ -16,6 +16,7 @@ import yaml
 from autoprune.algorithms.algorithm import Group
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
 from autoprune.models.errors import InputError
+from autoprune.models.loading import HUB_ID
 from autoprune.pipeline.config_reading import build, plain, read_mapping
 
 GENERATOR_KINDS = ("vllm", "openai", "genetic", "grammar", "scripted")
@@ -48,8 +49,8 @@ class Further:
 class Target:
     """The model to prune.
 
-    model: bundled name, local folder or hub id. dtype: what is computed in; "auto" is bfloat16 where this machine
-    computes it natively, else float32. The pruned checkpoint keeps its own dtype.
+    model: bundled name, local folder or hub id, perhaps with @revision. dtype: what is computed in; "auto" is bfloat16
+    where this machine computes it natively, else float32. The pruned checkpoint keeps its own dtype.
     group: where scores compete: "free", over rows or the whole matrix, as the search finds best; or "n:m", such as
     "2:4": of every m consecutive weights of a row n are kept. That leaves no allocation, so a score alone is designed,
     from seeds without one; sparsity, search.design and search.seeds follow from it where a file leaves them out.
@@ -74,6 +75,11 @@ class Target:
     def goal(self) -> str:
         """What the model is pruned to, for people."""
         return self.every[0].goal
+
+    @property
+    def combined(self) -> str:
+        """How fitness is made of several cases, "worst" or "mean"; empty where there is one."""
+        return self.combine if self.further else ""
 
     @property
     def cases(self) -> tuple[str, ...]:
@@ -304,6 +310,8 @@ def check_config(config: Config) -> None:
     """InputError, one line, for values that no search can run with. Does not look at models, texts or the network."""
     target, generator, data, search = config.target, config.generator, config.data, config.search
     check_name(config.name)
+    if config.seed < 0:
+        raise InputError(f"seed is {config.seed}: expected 0 or more")
     for index, case in enumerate(target.every):
         _check_goal(f"target.further[{index - 1}]" if index else "target", case, target.group)
     if target.group != FREE_GROUP:
@@ -315,20 +323,8 @@ def check_config(config: Config) -> None:
         raise InputError("generator.answers is empty: a scripted generator needs a file of answers")
     for section, names in (
         ("evaluators", ("shards", "replicas", "threads", "wait", "deadline", "attempts")),
-        (
-            "search",
-            (
-                "generations",
-                "candidates",
-                "prompts",
-                "answers",
-                "rounds",
-                "elites",
-                "tuning",
-                "cheap_windows",
-                "fresh_windows",
-            ),
-        ),
+        ("search", ("generations", "candidates", "prompts", "answers", "rounds", "elites", "tuning")),
+        ("search", ("cheap_windows", "fresh_windows")),
         ("generator", ("max_tokens", "max_model_len", "prompt_tokens", "kv_cache_gib", "engines", "tensor_parallel")),
     ):
         for name in names:
@@ -338,6 +334,11 @@ def check_config(config: Config) -> None:
     check_data(data)
     if search.lag not in (0, 1):
         raise InputError(f"search.lag is {search.lag}: expected 0 or 1")
+    if search.lag and generator.kind == "vllm" and generator.sleeps:
+        raise InputError(
+            "search.lag and generator.sleeps exclude each other (with a lag the engine writes while evaluators "
+            "measure): set search.lag to 0, or generator.sleeps to false"
+        )
     for name, gpus in (
         ("evaluators.gpus_per_shard", config.evaluators.gpus_per_shard),
         ("generator.gpus_per_engine", generator.gpus_per_engine),
@@ -487,5 +488,7 @@ def difference(old: Config, new: Config) -> list[str]:
 
 def _placed(config: Config) -> dict:
     """As a mapping, in which files that came with a Ray job are named from its folder: Ray unpacks the next job, and
-    the same one on another cluster, somewhere else."""
-    return json.loads(re.sub(r'"/[^"]*/_ray_pkg_[0-9a-f]+/', '"', json.dumps(config.to_dict())))
+    the same one on another cluster, somewhere else. And without revisions of models of the hub: where the newest one
+    has become another, the old one has to be named, and what the dense models measure tells one from the other."""
+    text = re.sub(r'"/[^"]*/_ray_pkg_[0-9a-f]+/', '"', json.dumps(config.to_dict()))
+    return json.loads(re.sub(rf'"({HUB_ID.pattern})@[\w.-]+"', r'"\1"', text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -39,8 +40,16 @@ def read_config(cls: type, path: Path, overrides: typing.Sequence[str] = ()) -> 
     return build(cls, read_mapping(cls, path, overrides))
 
 
+# Keys that only the configuration of this command has.
+OWN_KEYS = {
+    "search": ("target", "generator", "evaluators", "search", "budgets"),
+    "compare": ("models", "methods", "sparsities"),
+}
+
+
 def read_mapping(cls: type, path: Path, overrides: typing.Sequence[str] = ()) -> dict:
-    """What `build` makes the dataclass of. Raises InputError, one line, for what is no mapping."""
+    """What `build` makes the dataclass of. Raises InputError, one line, for what is no mapping, and for a file that is
+    for another command."""
     try:
         data = yaml.load(path.read_text(), _Loader) or {}
     except (OSError, UnicodeDecodeError) as error:
@@ -52,6 +61,12 @@ def read_mapping(cls: type, path: Path, overrides: typing.Sequence[str] = ()) ->
     if not isinstance(data, dict):
         names = [key.name for key in dataclasses.fields(cls)]
         raise InputError(f"{path} holds {type(data).__name__}: expected keys such as {', '.join(names)}")
+    fields = {key.name for key in dataclasses.fields(cls)}
+    ours = {key for keys in OWN_KEYS.values() for key in keys if key in fields}
+    for command, keys in OWN_KEYS.items():
+        theirs = [key for key in keys if key in data and key not in fields]
+        if theirs and not ours & set(data):
+            raise InputError(f"{path} is a configuration of `autoprune {command}`: it has {theirs[0]}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -88,6 +103,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where + ".")
     origin = typing.get_origin(hint)
+    if value is None:
+        raise InputError(f"{where} is empty: expected a value")
     if origin is types.UnionType:  # of a text and a number
         hint = str if isinstance(value, str) else float
     if origin is tuple:
@@ -102,8 +119,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             str(key): item if inner is Any else _convert(inner, item, f"{where}.{key}") for key, item in value.items()
         }
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        name = {str: "text", int: "a whole number", float: "a number"}.get(hint, str(hint))
-        raise InputError(f"{where} is {value!r}: expected {name}")
+        names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+        raise InputError(f"{where} is {value!r}: expected {names[hint]}")
+    if hint is float and not math.isfinite(value):
+        raise InputError(f"{where} is {value}: expected a number that is finite")
     return value

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from autoprune.actors.storage import Storage
 from autoprune.models.checkpoint_files import checkpoint_bytes
-from autoprune.models.errors import InputError, Lost
+from autoprune.models.errors import Lost
 from autoprune.models.export import SIDECAR, check_space
-from autoprune.models.loading import resolve_model
+from autoprune.models.loading import pinned, resolve_model
 from autoprune.pipeline.conclusion import conclude
 from autoprune.pipeline.config import Config
 from autoprune.pipeline.gcot import VERSION
@@ -28,7 +28,6 @@ from autoprune.pipeline.run_folder import MODEL, open_folder
 from autoprune.pipeline.search import Search
 from autoprune.pipeline.status import Status
 from autoprune.pipeline.targets import Case, Cases
-
 
 CONNECT = 10.0  # seconds for the machine of RAY_ADDRESS to answer
 
@@ -87,7 +86,7 @@ def start_vllm(config: Config, places, report: Callable[[str], None] = lambda _:
     settings = config.generator
     options = {"max_model_len": settings.max_model_len, "seed": config.seed, "enforce_eager": True}
     return VllmGenerator(
-        settings.model,
+        pinned(settings.model, resolve_model(settings.model)),
         places.engine,
         options | settings.engine,
         settings.kv_cache_gib,
@@ -207,7 +206,9 @@ def _run(
             progress.say(f"starting vLLM with {settings.model} ({places.engine})")
             generator = start_vllm(config, places, progress.say)
         for model, pool in pools.items():
-            progress.say(f"starting {evaluators.replicas} × {evaluators.shards} evaluators for {model} ({places.evaluator})")
+            progress.say(
+                f"starting {evaluators.replicas} × {evaluators.shards} evaluators for {model} ({places.evaluator})"
+            )
             pool.start()
             dense = ", ".join(f"{name} {pool.dense[name].nll:.4f}" for name in SPLITS[1:])
             progress.say(f"dense: {dense} nats per token")

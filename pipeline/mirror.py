@@ -9,16 +9,19 @@ for the records between two checkpoints.
 from __future__ import annotations
 
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from autoprune.actors.storage import Storage
-from autoprune.models.errors import InputError
+from autoprune.models.errors import InputError, TakenOver
 from autoprune.pipeline.checkpoint import KEPT, MANIFEST, PARTS, journal_line, write_atomic
 
 CONFIG_FILE, JOURNAL, CHECKPOINT = "config.yaml", "journal", "checkpoint"
+MEMORY = "mlflow.json"  # of the run folder: which MLflow run this is
+WRITER = "writer"  # holds a token of the search that writes there now
 PART = re.compile(r"journal/(\d+)-(\d+)\.jsonl")  # of the records first … last
 PAUSE = 30.0  # seconds for which a storage that failed is left alone: each try may take a time-out
 
@@ -33,12 +36,16 @@ class Mirror:
         self._parts: set[str] = set()  # of checkpoints, that are there
         self._owed = ""  # a checkpoint that is not there yet
         self._failing, self._failed = False, 0.0
+        self._token = secrets.token_hex(8).encode()
 
     def begin(self, config: bytes, records: Sequence[dict]) -> None:
         """The run goes on from here: its configuration, and what its journal holds already. Raises InputError where
-        nothing can be written."""
+        nothing can be written. Whoever wrote there until now is to find out (see `_own`)."""
         try:
+            self._storage.write(WRITER, self._token)
             self._storage.write(CONFIG_FILE, config)
+            if (self._folder / MEMORY).exists():
+                self._storage.write(MEMORY, (self._folder / MEMORY).read_bytes())
             self._join(records)
         except OSError as error:
             raise InputError(f"cannot write to storage {self._storage.uri}: {error}; check it and its rights") from None
@@ -56,7 +63,10 @@ class Mirror:
     def close(self, records: Sequence[dict]) -> None:
         """The search ends: whatever the storage lacks is tried once more, and told of if it stays so."""
         self._failed = 0.0
-        self.appended(records)
+        try:
+            self.appended(records)
+        except TakenOver:  # it was raised before, or the search is over in any case
+            return
         if self._failing:
             self._say(
                 f"storage {self._storage.uri} lacks {len(records) - self._sent} records: the run's folder has them"
@@ -75,6 +85,13 @@ class Mirror:
         except OSError as error:
             self._say(f"storage {self._storage.uri} lacks what the search ended with ({error}): {self._folder} has it")
 
+    def _own(self) -> None:
+        """Raises TakenOver where another search has begun there since: a lock of the run's folder, which each machine
+        has for itself, keeps no two of them apart."""
+        there = self._storage.read(WRITER)
+        if there is not None and there != self._token:
+            raise TakenOver(f"another search has taken over this run in {self._storage.uri}: this one stops")
+
     def _append(self, records: Sequence[dict]) -> None:
         if self._sent < len(records):
             self._write_journal(self._sent, records)
@@ -85,6 +102,7 @@ class Mirror:
         self._sent = len(records)
 
     def _join(self, records: Sequence[dict]) -> None:
+        self._own()
         parts = filter(None, map(PART.fullmatch, self._storage.names(JOURNAL)))
         old = [part[0] for part in parts if int(part[1]) >= self._joined]
         if self._joined < len(records):
@@ -94,6 +112,7 @@ class Mirror:
         self._joined = len(records)
 
     def _save(self, checkpoint: str, records: Sequence[dict]) -> None:
+        self._own()
         self._append(records)  # a checkpoint speaks of records: they come first
         here = self._folder / CHECKPOINT
         for path in sorted((here / PARTS).glob("*")):
@@ -104,7 +123,9 @@ class Mirror:
         for path in sorted((here / checkpoint).iterdir(), key=lambda path: path.name == MANIFEST):
             self._storage.write(f"{CHECKPOINT}/{checkpoint}/{path.name}", path.read_bytes())
         there = [name for name in self._storage.names(CHECKPOINT) if Path(name).parent.name != PARTS]
-        kept = sorted({Path(name).parent.name for name in there})[-KEPT:]
+        # Newer ones than this are what the search could not go on from.
+        names = {Path(name).parent.name for name in there}
+        kept = sorted((name for name in names if _number(name) <= _number(checkpoint)), key=_number)[-KEPT:]
         gone = [name for name in there if Path(name).parent.name not in kept]
         # The manifest first: without it the rest is no checkpoint.
         self._storage.delete(*sorted(gone, key=lambda name: Path(name).name != MANIFEST))
@@ -138,7 +159,7 @@ def fetch(storage: Storage, folder: Path) -> bool:
     lines = _journal(storage)
     journal = folder / "journal.jsonl"
     here = journal.read_bytes().count(b"\n") if journal.exists() else -1
-    if len(lines) <= here:
+    if len(lines) <= here and (folder / CONFIG_FILE).exists():  # it is written last
         return False
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)  # it may be of another way on from the same journal
@@ -147,9 +168,17 @@ def fetch(storage: Storage, folder: Path) -> bool:
     for name in (name for name in names if str(Path(name).parent) in whole):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / name, storage.read(name))
+    memory = storage.read(MEMORY)
+    if memory is not None:
+        write_atomic(folder / MEMORY, memory)
     write_atomic(journal, b"".join(lines))
     write_atomic(folder / CONFIG_FILE, config)
     return True
+
+
+def _number(checkpoint: str) -> int:
+    """The generation of a checkpoint's name."""
+    return int(checkpoint.rpartition("-")[2])
 
 
 def _journal(storage: Storage) -> list[bytes]:

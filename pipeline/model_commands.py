@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 
@@ -19,6 +20,11 @@ def prune(options: argparse.Namespace) -> None:
     from autoprune.pipeline.progress import ConsoleProgress
 
     own = options.score.endswith(".py")
+    if not own and re.search(r"\.py[/+]", options.score):
+        raise InputError(
+            f"--score {options.score}: behind a file stands nothing more; it takes --allocation owl and --update cg, "
+            "or a line `# allocation: owl` in it"
+        )
     algorithm, spread = read_score(Path(options.score)) if own else (baseline(options.score), False)
     says = {sign for sign in "/+" if sign in options.score and not own}
     for sign, option, value in (("/", "--update", options.update), ("+", "--allocation", options.allocation)):
@@ -81,10 +87,11 @@ def check(options: argparse.Namespace) -> None:
     from autoprune.algorithms.probe import probe, probe_allocation
     from autoprune.models.errors import InputError
     from autoprune.models.pruning import check_sparsity
-    from autoprune.pipeline.population import read_functions
+    from autoprune.pipeline.population import functions_in, read_source, score_in
 
     check_sparsity(options.sparsity)
-    functions, said = read_functions(options.file), []
+    text, said = read_source(options.file), []
+    functions = functions_in(options.file, text)
     try:
         if "score" in functions:
             score = functions["score"]
@@ -94,6 +101,9 @@ def check(options: argparse.Namespace) -> None:
             said.append(f"cost: {work}; {held} at a time")
             for group in ("row", "matrix"):
                 said.append(f"masks by {group}: {probe(Algorithm(score.text, group), options.sparsity).mask_hash}")
+            algorithm, spread = score_in(options.file, text)
+            said.append(f"group: {algorithm.group}")
+            said.append(f"allocation: {algorithm.allocation if spread else 'not in the file, so that of --allocation'}")
         if "allocate" in functions:
             allocation = functions["allocate"]
             said += [allocation.text, f"reads: {', '.join((*allocation.reads, 'sparsity'))}"]
@@ -117,15 +127,20 @@ def evaluate(options: argparse.Namespace) -> None:
     else:
         print(
             f"ppl_token@{result.context} of {result.model} on {result.corpus}: {result.perplexity:.4f}\n"
-            f"nll {result.nll:.6f} ± {result.standard_error or 0:.4f} nats per token, {result.tokens} tokens in "
-            f"{result.windows} windows, {result.dtype}"
+            f"nll {_with_error(result.nll, result.standard_error)} nats per token, {result.tokens} tokens in "
+            + (f"{result.windows} windows" if result.windows > 1 else "one window: no standard error")
+            + f", {result.dtype}"
         )
         if result.kl is not None:
-            error = result.kl_standard_error or 0
             print(
                 f"{result.reference}: {result.reference_perplexity:.4f} on the same tokens; KL divergence to it "
-                f"{result.kl:.6f} ± {error:.4f} nats per token"
+                f"{_with_error(result.kl, result.kl_standard_error)} nats per token"
             )
+
+
+def _with_error(value: float, error: float | None) -> str:
+    """error: None where a single window says nothing of it."""
+    return f"{value:.6f}" if error is None else f"{value:.6f} ± {error:.4f}"
 
 
 def zero_shot(options: argparse.Namespace) -> None:

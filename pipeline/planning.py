@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from autoprune.models.footprint import (
     Footprint,
@@ -16,7 +16,7 @@ from autoprune.models.footprint import (
     shard_bounds,
 )
 from autoprune.pipeline.config import FREE_GROUP, SELF, Config
-from autoprune.pipeline.preparation import misfits, read_by_seeds
+from autoprune.pipeline.preparation import check_splits, misfits, read_by_seeds
 from autoprune.pipeline.prompting import reads_prompts
 from autoprune.pipeline.search import plan_repairs
 
@@ -58,7 +58,9 @@ class Plan:
 
 def plan(config: Config, gpu_gib: float, host_gib: float | None = None) -> Plan:
     """What the configuration asks for. gpu_gib: memory of one GPU; 0: everything runs on CPUs. host_gib: memory of the
-    machine, where all actors are on one. Raises InputError for a model that is not known."""
+    machine, where all actors are on one. Raises InputError for a model or a text that is not known, and for splits that
+    overlap; of a text nothing is read, but for documents that are counted from its end."""
+    check_splits(config.data)
     device = "cuda" if gpu_gib else "cpu"
     found, evaluators = Plan(device), config.evaluators
     read = read_by_seeds(config) | set(config.search.statistics)
@@ -108,11 +110,20 @@ def _add_evaluators(
         }
     )
     if room is not None and largest.total > 0.95 * room:
-        fits = next(
-            (n for n in range(evaluators.shards, blocks + 1) if _largest(sizes, n, load).total <= 0.95 * room), None
-        )
-        advice = f"evaluators.shards={fits} would fit" if fits else "no number of shards fits: take larger GPUs"
-        needed = f"{largest.total / GIB:.0f} GiB of the {room / GIB:.0f} GiB that it has"
+
+        def fit(shards: int, context: int = load.context) -> bool:
+            return _largest(sizes, shards, replace(load, context=context)).total <= 0.95 * room
+
+        shards = next((n for n in range(evaluators.shards, blocks + 1) if fit(n)), None)
+        halves = (load.context >> n for n in range(1, 4))
+        context = next((length for length in halves if length > 1 and fit(evaluators.shards, length)), None)
+        advice = "no number of shards fits: take larger GPUs"
+        if shards:
+            needed = f"{gpus:g} GPU for each of {shards * evaluators.replicas}"
+            advice = f"evaluators.shards={shards} would fit, which takes {needed}"
+        if context:
+            advice += f"; data.context={context} would fit on the GPUs that there are"
+        needed = f"{largest.total / GIB:.1f} GiB and may take 95% of {room / GIB:.1f} GiB"
         found.problems.append(f"a shard of {model} needs {needed}: {advice}")
 
 
@@ -139,9 +150,14 @@ def _add_engines(found: Plan, config: Config, gpu_gib: float) -> None:
     weights = sizes.parameters * 2
     gpus = writer.gpus_per_engine or (float(writer.tensor_parallel) if gpu_gib else 0.0)
     room = 0.9 * gpus * gpu_gib * GIB if gpu_gib else None
-    total = weights + (cache if gpu_gib else writer.kv_cache_gib * GIB)
+    at_a_time = sequences
+    if room is not None and room >= weights + cache / sequences:
+        at_a_time = min(sequences, int((room - weights) / (cache / sequences)))
+    total = weights + (cache * at_a_time // sequences if gpu_gib else writer.kv_cache_gib * GIB)
     parts = {"weights": weights, "cache": total - weights}
     row = {"who": f"vLLM engine with {name}", "count": writer.engines, "gpus": gpus, "cpus": 0.0, "parts": parts}
+    if at_a_time < sequences:
+        row["note"] = f" for {at_a_time} of {sequences} answers at a time"
     host = WORKER * 2 + (0 if gpu_gib else total)
     found.actors.append(row | {"total": total, "room": room, "host": host, "parameters": sizes.parameters})
     if room is not None and weights + cache / sequences > room:
@@ -208,6 +224,7 @@ def plan_lines(found: Plan, config: Config) -> Iterable[str]:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in row["parts"].items() if size)
         room = f" of {row['room'] / GIB:.0f} GiB" if row["room"] else ""
         place = f", {row['gpus']:g} GPU each" if row["gpus"] else f", {row['cpus']:g} CPU each" if row["cpus"] else ""
+        parts += row.get("note", "")
         yield f"  {row['count']} × {row['who']}{place}: {row['total'] / GIB:.1f} GiB{room} ({parts})"
     places = f"{found.gpus:g} GPUs" if found.device == "cuda" else f"{found.cpus:g} CPUs"
     yield (
@@ -215,6 +232,8 @@ def plan_lines(found: Plan, config: Config) -> Iterable[str]:
         if found.device == "cuda"
         else (f"needs {places} and {found.host_bytes / GIB:.0f} GiB of memory")
     )
+    if found.device == "cuda" and not (config.evaluators.gpus_per_shard and config.generator.gpus_per_engine):
+        yield "on fewer GPUs, actors without a share of their own have equal ones"
     low, high = found.tokens
     tokens = f"about {low:,} tokens, at most {high:,}" if found.answers and high else "no tokens"
     yield f"at most {found.answers:,} answers ({tokens})"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from autoprune.algorithms.algorithm import UPDATES, Algorithm, Allocation, Group
-from autoprune.algorithms.allocation import DEFAULTS, WRITTEN, AllocationError, check_allocation
+from autoprune.algorithms.allocation import WRITTEN, AllocationError, check_allocation
 from autoprune.algorithms.language import LanguageError, parse
 from autoprune.algorithms.reader import FORMS, Function, canonical
 from autoprune.algorithms.rules import written_out
@@ -102,21 +102,29 @@ def read_score(file: Path) -> tuple[Algorithm, bool]:
 
     Its group and allocation are those of comment lines `# group: …` and `# allocation: …`, as `algorithm_text` and
     `algorithms/found` have them; the group is row, the allocation the file's `allocate`, or uniform, where there is
-    none.
+    none. Raises InputError, one line.
     """
-    text = _read(file)
-    functions = _functions(file, re.sub(r"^#.*\n", "", text, flags=re.MULTILINE))
+    return score_in(file, read_source(file))
+
+
+def score_in(file: Path, text: str) -> tuple[Algorithm, bool]:
+    """As `read_score`, of what was read from the file."""
+    functions = functions_in(file, re.sub(r"^#.*\n", "", text, flags=re.MULTILINE))
     if "score" not in functions:
         raise InputError(f"{file} holds no `{FORMS['score']}`")
-    said = dict(re.findall(r"^# (group|allocation): (.*\S)", text, re.MULTILINE))
-    if said.get("allocation", "").partition(" ")[0].partition("@")[0] not in (*DEFAULTS, WRITTEN):
-        said.pop("allocation", None)  # a comment that happens to begin so
+    lines = re.findall(r"^#\s*(group|allocation)\s*:[^\S\n]*(.*\S)", text, re.MULTILINE | re.IGNORECASE)
+    said = {key.lower(): value for key, value in lines}
+    name, *settings = said.get("allocation", "uniform").split()
     if "allocate" in functions:
-        per = "layer" if said.get("allocation", "").startswith(f"{WRITTEN}@layer") else "block"
+        per = "layer" if name == f"{WRITTEN}@layer" else "block"
         allocation = Allocation(WRITTEN, per=per, source=functions["allocate"].text)
+    elif name.partition("@")[0] == WRITTEN:
+        raise InputError(f"{file} says `allocation: {WRITTEN}` and holds no `{FORMS['allocate']}`")
     else:
-        name, *settings = said.get("allocation", "uniform").split()
-        allocation = read_allocation(f"{name}:{','.join(settings)}" if settings else name)
+        try:
+            allocation = read_allocation(f"{name}:{','.join(settings)}" if settings else name)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from None
     group = said.get("group", "row")
     try:
         Group.parse(group)
@@ -127,17 +135,19 @@ def read_score(file: Path) -> tuple[Algorithm, bool]:
 
 def read_functions(file: Path) -> dict[str, Function]:
     """By name, from a file, or "-" for what stands in. Raises InputError, one line."""
-    return _functions(file, _read(file))
+    return functions_in(file, read_source(file))
 
 
-def _read(file: Path) -> str:
+def read_source(file: Path) -> str:
+    """The text of a file, or of what stands in for "-". Raises InputError, one line."""
     try:
         return sys.stdin.read() if str(file) == "-" else file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {file}: {getattr(error, 'strerror', 'it is not text')}") from None
 
 
-def _functions(file: Path, text: str) -> dict[str, Function]:
+def functions_in(file: Path, text: str) -> dict[str, Function]:
+    """As `read_functions`, of what was read from the file."""
     try:
         return canonical(text)
     except LanguageError as error:

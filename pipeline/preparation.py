@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,14 +19,14 @@ from autoprune.algorithms.allocation import needs as features_of
 from autoprune.algorithms.probe import SHAPES
 from autoprune.algorithms.vocabulary import STATISTICS, SUMMARIES
 from autoprune.models.catalogue import CATALOGUE
-from autoprune.models.corpora import Corpus, load_corpus, overlap, token_windows
+from autoprune.models.corpora import Corpus, check_spec, load_corpus, overlap, token_windows
 from autoprune.models.errors import InputError
 from autoprune.models.footprint import ModelSizes, model_sizes, shard_bounds
 from autoprune.models.loading import load_config as load_model_config
-from autoprune.models.loading import load_tokenizer, resolve_model
+from autoprune.models.loading import load_tokenizer, pinned, resolve_model
 from autoprune.models.masking import needs
 from autoprune.models.pruning import check_model, native_dtype
-from autoprune.pipeline.config import FREE_GROUP, SELF, Config, Target
+from autoprune.pipeline.config import FREE_GROUP, SELF, Config, Data, Target
 from autoprune.pipeline.ledger import FRESH, PROBE
 from autoprune.pipeline.population import seed
 
@@ -60,19 +61,23 @@ def prepare_all(config: Config) -> dict[str, Prepared]:
             raise InputError(f"target.further[{index - 1}] is {case.model} at {case.goal}, which stands there before")
     for text in config.search.seeds:
         seed(text)
-    splits = [(name, getattr(config.data, name)) for name in SPLITS]
-    for index, (name, spec) in enumerate(splits):
-        for other, other_spec in splits[:index]:
-            if overlap(spec, other_spec):
-                raise InputError(
-                    f"data.{name} ({spec}) overlaps data.{other} ({other_spec}): give them different texts"
-                )
-    texts = {name: load_corpus(spec) for name, spec in splits}
+    check_splits(config.data)
+    texts = {name: load_corpus(getattr(config.data, name)) for name in SPLITS}
     found = {model: _prepare(config, model, texts) for model in dict.fromkeys(case.model for case in cases)}
     if any(case.group != FREE_GROUP for case in cases):
         for misfit in misfits(config.target, {name: one.sizes for name, one in found.items()}):
             raise InputError(misfit)
     return found
+
+
+def check_splits(data: Data) -> None:
+    """InputError where a split is no text, or two of them share some of it."""
+    splits = [(name, getattr(data, name)) for name in SPLITS]
+    for _, spec in splits:
+        check_spec(spec)
+    for (other, other_spec), (name, spec) in combinations(splits, 2):
+        if overlap(spec, other_spec):
+            raise InputError(f"data.{name} ({spec}) overlaps data.{other} ({other_spec}): give them different texts")
 
 
 def misfits(target: Target, sizes: Mapping[str, ModelSizes]) -> Iterator[str]:
@@ -84,9 +89,14 @@ def misfits(target: Target, sizes: Mapping[str, ModelSizes]) -> Iterator[str]:
         m = Group.parse(case.group).second
         if index == 0 and tried % m:  # other cases are not probed
             yield f"target.group is {case.group}: expected m that divides {tried}, to try candidates on small layers"
-        uneven = sorted(count for count in sizes[case.model].inputs if count % m)
-        if uneven:
-            yield f"{case.model} has layers of {uneven[0]} inputs, which {case.group} cannot cut: choose another group"
+        yield from misfit(case.group, case.model, sizes[case.model])
+
+
+def misfit(group: str, model: str, sizes: ModelSizes) -> Iterator[str]:
+    """A line if an n:m cannot be cut out of a model."""
+    uneven = sorted(count for count in sizes.inputs if count % Group.parse(group).second)
+    if uneven:
+        yield f"{model} has layers of {uneven[0]} inputs, which {group} cannot cut: choose another group"
 
 
 def _prepare(config: Config, model: str, texts: dict[str, Corpus]) -> Prepared:
@@ -174,7 +184,7 @@ def pool_plan(config: Config, prepared: Prepared, resources: ActorResources) -> 
     evaluators, seeds = config.evaluators, [seed(text).algorithm for text in config.search.seeds]
     written = OPTIONAL & SUMMARIES.keys() if config.search.allocation == "written" else frozenset()
     return PoolPlan(
-        model=prepared.model,
+        model=pinned(prepared.model, prepared.folder),  # a replica that is made anew in a week is not another model
         bounds=shard_bounds(prepared.sizes.costs, evaluators.shards),
         replicas=evaluators.replicas,
         threads=evaluators.threads,

@@ -11,6 +11,7 @@ from pathlib import Path
 from autoprune.models.errors import InputError
 from autoprune.models.export import SIDECAR
 from autoprune.pipeline.config import Further
+from autoprune.pipeline.mirror import MEMORY
 from autoprune.pipeline.run_folder import MODEL
 from autoprune.pipeline.tracking import quiet_mlflow
 
@@ -26,7 +27,7 @@ def register(folder: Path, name: str = "") -> str:
     """
     try:
         summary = json.loads((folder / "report.json").read_text())
-        memory = json.loads((folder / "mlflow.json").read_text())
+        memory = json.loads((folder / MEMORY).read_text())
         details = json.loads((folder / MODEL / SIDECAR).read_text())
     except (OSError, ValueError) as error:
         where = getattr(error, "filename", None) or folder

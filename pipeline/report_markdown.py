@@ -12,8 +12,10 @@ from autoprune.pipeline.lineage import Candidate, Lineage, paired_difference
 from autoprune.pipeline.wording import (
     algorithm_text,
     cells,
+    combined,
     counts_line,
     difference_text,
+    fitness_text,
     goal,
     headers,
     measured_text,
@@ -41,7 +43,7 @@ def report_markdown(lineage: Lineage, summary: dict, best: Candidate, pictures: 
         densest,
         _picture("Sparsity of each block", "sparsity.png", pictures),
         _picture("What pruning each block costs", "sensitivity.png", pictures),
-        "## How it was found\n\n" + "\n\n".join(_chain(lineage, best)),
+        "## How it was found\n\n" + "\n\n".join(_chain(lineage, summary, best)),
         _picture("Lineage: generation against perplexity", "lineage.png", pictures),
         _picture("Progress: perplexity against evaluations", "fitness.png", pictures),
         _claims(lineage),
@@ -148,7 +150,7 @@ def _quote(text: str) -> str:
     return "".join(f"\\{character}" if character in r"\`*_[]<>#|!$~" else character for character in words)
 
 
-def _chain(lineage: Lineage, best: Candidate) -> list[str]:
+def _chain(lineage: Lineage, summary: dict, best: Candidate) -> list[str]:
     """The ancestors of the best, oldest first: what was diagnosed, claimed, measured, and what came of the claim."""
     steps, path = [], lineage.ancestors_path(best.id)
     for parent, child in zip([None, *path], path, strict=False):
@@ -160,7 +162,7 @@ def _chain(lineage: Lineage, best: Candidate) -> list[str]:
         if child.status != "evaluated":  # a repaired candidate descends from a broken one
             lines.append(f"- Measured: nothing; {child.status}: {_quote(child.error or '')}")
         else:
-            lines.append(f"- Measured: perplexity {perplexity_text(child.fitness)}")
+            lines.append(f"- Measured: {fitness_text(child.fitness, combined(summary))}")
             if parent is not None and parent.status == "evaluated":
                 edge = lineage.edge(parent.id, child.id)
                 lines += [f"- Against {parent.id}: {measured_text(edge)}", f"- Verdict: {edge['verdict']}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def _latest_run() -> str:
 
 
 def search(options: argparse.Namespace) -> int:
-    from autoprune.models.errors import InputError, Lost
+    from autoprune.models.errors import InputError, Lost, TakenOver
     from autoprune.pipeline.config import load_config
     from autoprune.pipeline.launch import Stopped, run_search
     from autoprune.pipeline.run_folder import begun
@@ -61,6 +62,8 @@ def search(options: argparse.Namespace) -> int:
     try:
         folder = run_search(config, bool(resume), progress)
     except Lost as error:
+        if isinstance(error, TakenOver) or not config.folder.exists():  # it had not begun
+            raise
         raise Lost(f"{error}; go on with: autoprune search --resume {config.folder}") from error
     except Stopped as stopped:
         progress.say(f"stopped by {stopped}; go on with: autoprune search --resume {config.folder}")
@@ -80,7 +83,7 @@ def plan(options: argparse.Namespace) -> int:
     from autoprune.pipeline.planning import GIB, machine_gib, plan, plan_lines
 
     memory = options.gpu_memory
-    if memory is not None and memory < 0:
+    if memory is not None and not 0 <= memory < math.inf:
         raise InputError(f"--gpu-memory is {memory:g}: expected 0 or more GiB")
     if memory is None:
         memory = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 0.0
@@ -91,6 +94,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace) -> int:
+    """Exit code 1 where a cell failed."""
     from autoprune.pipeline.compare import CONFIG_FILE, run_comparison
     from autoprune.pipeline.comparison import load_comparison
     from autoprune.pipeline.launch import Stopped
@@ -99,14 +103,17 @@ def compare(options: argparse.Namespace) -> int:
     config = load_comparison(options.config, options.set)
     progress = ConsoleProgress()
     try:
-        folder = run_comparison(config, progress.say)
+        run = run_comparison(config, progress.say)
     except Stopped as stopped:
         progress.say(f"stopped by {stopped}; go on with: autoprune compare {config.folder / CONFIG_FILE}")
         return 143 if str(stopped) == "SIGTERM" else 130
+    folder = run.config.folder
     print((folder / "results.md").read_text(), end="")
     for name in ("results.md", "results.csv"):
         progress.say(f"written: {folder / name}")
-    return 0
+    if run.failed:
+        progress.say(f"{run.failed} of {len(run.results)} cells failed")
+    return 1 if run.failed else 0
 
 
 def status(options: argparse.Namespace) -> None:
@@ -133,11 +140,11 @@ def lineage(options: argparse.Namespace) -> None:
         stored_lineage,
         table,
     )
-    from autoprune.pipeline.config import one_of
+    from autoprune.pipeline.config import load_config, one_of
     from autoprune.pipeline.lineage import STATUSES
 
     folder = _run_folder(options.folder)
-    lineage = stored_lineage(folder)
+    lineage, combined = stored_lineage(folder), load_config(folder / "config.yaml").target.combined
     filters = options.operator, options.status, options.verdict
     kinds = (OPERATORS, STATUSES, VERDICTS)
     for name, value, known in zip(("operator", "status", "verdict"), filters, kinds, strict=True):
@@ -146,6 +153,8 @@ def lineage(options: argparse.Namespace) -> None:
     if options.html is not None:
         if options.of or options.json or any(filters):
             raise InputError("--html writes the whole graph: leave out the other options")
+        if not options.html.parent.is_dir():
+            raise InputError(f"there is no folder {options.html.parent}: make it, or choose another --html")
         from autoprune.pipeline.checkpoint import write_atomic
         from autoprune.pipeline.lineage_page import lineage_html
 
@@ -157,14 +166,17 @@ def lineage(options: argparse.Namespace) -> None:
             raise InputError("--of shows one candidate's ancestors: leave out --operator, --status and --verdict")
         candidate = find(lineage, options.of)
         chain = reasoning(lineage, candidate)
-        print(json.dumps(chain, indent=1) if options.json else "\n".join(reasoning_lines(lineage, candidate)))
+        print(json.dumps(chain, indent=1) if options.json else "\n".join(reasoning_lines(lineage, candidate, combined)))
         return
     candidates = chosen(lineage, *filters)
     if options.json:
         print(json.dumps([facts(lineage, candidate) for candidate in candidates], indent=1))
         return
+    if not candidates:
+        print("no candidate")
+        return
     # Whoever reads it from a pipe wants a line for each candidate.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 10_000).print(table(lineage, candidates))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 10_000).print(table(lineage, candidates, combined))
 
 
 def show(options: argparse.Namespace) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 from autoprune.actors.storage import Storage
 from autoprune.models.errors import InputError
@@ -17,6 +19,7 @@ from autoprune.pipeline.preparation import place_of
 from autoprune.pipeline.status import LOCK
 
 MODEL = "model"  # the folder in it that holds the pruned model
+LOOK = 1.0  # seconds for which a lock may be held by who only looks whether a search runs
 
 
 def begun(config: Config) -> bool:
@@ -31,13 +34,25 @@ def locked(folder: Path) -> Iterator[None]:
     """This process is the only one that searches in a folder. Raises InputError where another does: two writers would
     spoil the journal, as when a job is tried again while the first one is still there."""
     with open(folder / LOCK, "a") as file:
+        if not _lock(file):
+            raise InputError(f"another process is searching in {folder}: wait for its end, or stop it")
+        yield
+
+
+def _lock(file: IO) -> bool:
+    """Whether the file could be locked, or lies on a filesystem without locks."""
+    end = time.monotonic() + LOOK
+    while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another process is searching in {folder}: wait for its end, or stop it") from None
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
         except OSError:
-            pass  # a filesystem without locks
-        yield
+            return True
+        else:
+            return True
 
 
 def open_folder(folder: Path, config: Config, resume: bool, held: ExitStack) -> None:

@@ -26,6 +26,7 @@ from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.checkpoint import (
     Entry,
     checkpoint_name,
+    drop_newer,
     load_checkpoint,
     save_checkpoint,
     save_part,
@@ -128,6 +129,7 @@ class Search:
         write_atomic(self.folder / "lineage.json", self.lineage.to_json().encode())
         winner = self.lineage.best()
         self.progress.say(f"best after {len(best)} elites met fresh text: {winner.id}, {winner.believed:.4f} over all")
+        self._tell(self._done, winner)
 
     def measure(self, algorithms: Sequence[Algorithm], split: str) -> list[Evaluation]:
         """Measurements in the order of the algorithms; what the journal holds is not measured again."""
@@ -394,15 +396,17 @@ class Search:
         metrics |= {f"rank_correlation.{name}": value for name, value in self.screen.correlations().items()}
         return metrics | {name: float(value) for name, value in counts.items()}
 
-    def _tell(self, generation: int) -> None:
-        """Whoever watches, how far the search is."""
-        best, bounds = self.lineage.evaluated(), asdict(self.config.budgets)
+    def _tell(self, generation: int, winner: Candidate | None = None) -> None:
+        """Whoever watches, how far the search is. winner: after fresh text."""
+        found, bounds = self.lineage.evaluated(), asdict(self.config.budgets)
+        best = winner or (found[0] if found else None)
+        about = {"combined": self.config.target.combined, "final": winner is not None}
         self.progress.state(
             {
                 "generation": generation,
                 "generations": self.config.search.generations,
                 "candidates": len(self.lineage),
-                "best": {"id": best[0].id, "nll": best[0].fitness} if best else None,
+                "best": {"id": best.id, "nll": best.fitness, **about} if best else None,
                 "spent": asdict(self.spend()),
                 "left": {name: self.ledger.left(name) if bound else None for name, bound in bounds.items()},
             }
@@ -439,7 +443,9 @@ class Search:
         if spent is None or any(last >= len(self.ledger.records) for _, last in spent["used"]):
             why = "no checkpoint is left" if spent is None else "the checkpoint is ahead of the journal"
             self.progress.say(f"{why}: the search begins again, and its journal answers")
+            drop_newer(self.folder / CHECKPOINT, -1)
             return
+        drop_newer(self.folder / CHECKPOINT, loaded.generation)
         restored, self._parts = checkpointed(loaded), loaded.entries
         for candidate in restored:
             if candidate.evaluation is not None:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from autoprune.models.errors import InputError
-from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.progress import ConsoleProgress, rates
+from autoprune.pipeline.wording import fitness_text
 
 STATUS, LOCK = "status.json", "lock"  # in the run folder
 INTERVAL = 2.0  # seconds between two writings of the status
@@ -122,7 +122,9 @@ def status_lines(facts: Mapping) -> list[str]:
         lines.append(f"generation {facts['generation']} of {facts['generations']}, {facts['candidates']} candidates")
     if facts.get("best"):
         best = facts["best"]
-        lines.append(f"best {best['id']}: fitness {best['nll']:.4f}, perplexity {perplexity(best['nll']):.2f}")
+        what = "best, after fresh text," if best.get("final") else "best on the fitness split so far"
+        measured = fitness_text(best["nll"], best.get("combined", ""))
+        lines.append(f"{what} {best['id']}: fitness {best['nll']:.4f}, {measured}")
     if facts.get("doing") and facts["state"] == "running":
         doing = facts["doing"]
         lines.append(f"{doing['what']}: {doing['done']} of {doing['total']}")

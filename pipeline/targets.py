@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
+from autoprune.actors.aside import Aside
 from autoprune.actors.messages import Evaluation, Probe, split_places
 from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.pipeline.config import FREE_GROUP
 from autoprune.pipeline.ledger import FULL, REPORT
 
-AT_A_TIME = 8  # algorithms that go through all cases together
+AT_A_TIME = 8  # algorithms that go through all cases together, at least
 
 
 class Pool(Protocol):
-    """An evaluator that measures at any sparsity."""
+    """An evaluator that measures at any sparsity. room: so many algorithms are measured at a time."""
 
     dense: dict[str, Evaluation]
+    room: int
 
     def probe(self, algorithms: Sequence[Algorithm]) -> list[Probe]: ...
 
@@ -90,6 +93,10 @@ class Cases:
             split: combine([case.excess(case.pool.dense[split], split) for case in self.cases], worst)
             for split in (FULL, REPORT)
         }
+        pools: dict[int, list[int]] = {}
+        for number, case in enumerate(self.cases):
+            pools.setdefault(id(case.pool), []).append(number)
+        self._of_pools = list(pools.values())  # numbers of the cases that one pool measures
 
     def probe(self, algorithms: Sequence[Algorithm]) -> list[Probe]:
         return self.cases[0].pool.probe(algorithms)
@@ -100,13 +107,29 @@ class Cases:
             case = self.cases[int(number)]
             yield from case.evaluate(jobs, base)
             return
-        # A few at a time, so that what a killed search has measured of all cases is in its journal.
-        for first in range(0, len(jobs), AT_A_TIME):
-            found: dict[int, list[Evaluation]] = {index: [] for index in range(len(jobs))[first : first + AT_A_TIME]}
-            for case in self.cases:
-                left = [index for index, own in found.items() if all(e.error is None for e in own)]
-                for place, evaluation in case.evaluate([jobs[index] for index in left], split):
-                    usable = evaluation.error is None
-                    found[left[place]].append(case.excess(evaluation, split) if usable else evaluation)
-            for index, own in found.items():
-                yield index, combine(own, self._worst)
+        # A few at a time, so that what a killed search has measured of all cases is in its journal; enough for no
+        # evaluator to wait long for the last one of a case.
+        step = max(AT_A_TIME, *(2 * case.pool.room for case in self.cases))
+        for first in range(0, len(jobs), step):
+            some = jobs[first : first + step]
+            others = [Aside(partial(self._measure, numbers, some, split)) for numbers in self._of_pools[1:]]
+            found = self._measure(self._of_pools[0], some, split)
+            for other in others:
+                found |= other.wait()
+            for index in range(len(some)):
+                own = [found[number, index] for number in range(len(self.cases)) if (number, index) in found]
+                yield first + index, combine(own, self._worst)
+
+    def _measure(
+        self, numbers: Sequence[int], jobs: Sequence[Algorithm], split: str
+    ) -> dict[tuple[int, int], Evaluation]:
+        """By case and job, of the cases of one pool, one after the other; without what has failed in an earlier one."""
+        found: dict[tuple[int, int], Evaluation] = {}
+        left = list(range(len(jobs)))
+        for number in numbers:
+            case = self.cases[number]
+            for place, evaluation in case.evaluate([jobs[index] for index in left], split):
+                usable = evaluation.error is None
+                found[number, left[place]] = case.excess(evaluation, split) if usable else evaluation
+            left = [index for index in left if found[number, index].error is None]
+        return found

@@ -24,6 +24,7 @@ from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.checkpoint import write_atomic
 from autoprune.pipeline.lineage import Candidate
+from autoprune.pipeline.mirror import MEMORY
 from autoprune.pipeline.tracking_context import SystemSamples, log_inputs, source_tags
 from autoprune.pipeline.wording import algorithm_text
 
@@ -44,6 +45,8 @@ METRICS_PER_BATCH = 1000  # the same
 REQUEST_TIMEOUT = 10  # seconds; MLflow's own is 120, with 7 retries: minutes in which the search would stand still
 PAUSE = 15.0  # seconds for which a store that failed is left alone: each call may take a time-out
 FAILURES_PER_CALL = 2  # then give up until the next call, so that a dead store costs two time-outs at most
+# Seconds for calls that are due beside the new one: a store that was away for a day gets what it missed bit by bit.
+CATCHING_UP, CATCHING_UP_AT_END = 5.0, 60.0
 
 
 def quiet_mlflow() -> None:
@@ -188,7 +191,7 @@ class MlflowTracker:
         from mlflow.exceptions import MlflowException
 
         try:
-            memory = json.loads((self.folder / "mlflow.json").read_text())
+            memory = json.loads((self.folder / MEMORY).read_text())
             if memory["uri"] == self.uri and memory["experiment_id"] == self._experiment_id:
                 run = self._client.get_run(memory["run_id"])
                 return run if run.info.lifecycle_stage == "active" else None
@@ -202,7 +205,7 @@ class MlflowTracker:
     def _write_memory(self, run_id: str) -> None:
         memory = {"uri": self.uri, "experiment_id": self._experiment_id, "run_id": run_id}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.folder / "mlflow.json", json.dumps(memory, indent=1).encode())
+        write_atomic(self.folder / MEMORY, json.dumps(memory, indent=1).encode())
 
     @property
     def _inherited(self) -> dict[str, str]:
@@ -260,7 +263,8 @@ class MlflowTracker:
             logger.warning("MLflow at %s misses %d records; the run folder has them all", self.uri, len(self._pending))
 
     def _do(self, call: Callable[[], None], last: bool = False) -> None:
-        """Make this call, then those that failed before; one that fails now goes to the end and blocks no other.
+        """Make this call, then those that failed before, for a few seconds; one that fails now goes to the end and
+        blocks no other.
 
         Their order does not matter: each carries its own run, step and time. A store that failed is left alone for a
         while, but for the last call.
@@ -268,7 +272,7 @@ class MlflowTracker:
         self._pending.appendleft(call)
         if time.monotonic() - self._failed < PAUSE and not last:
             return
-        failures = 0
+        failures, end = 0, time.monotonic() + (CATCHING_UP_AT_END if last else CATCHING_UP)
         for _ in range(len(self._pending)):
             pending = self._pending.popleft()
             try:
@@ -282,6 +286,8 @@ class MlflowTracker:
                 self._failed = time.monotonic()
                 if failures == FAILURES_PER_CALL:
                     return
+            if time.monotonic() > end:
+                return
 
     def _log(self, run_id: str, metrics: dict[str, float], timestamp: int, step: int = 0) -> None:
         from mlflow.entities import Metric

@@ -30,6 +30,13 @@ def perplexity_text(nll: float | None) -> str:
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
+def fitness_text(nll: float | None, combined: str) -> str:
+    """A measurement on the fitness split. combined: see `Target.combined`; of several cases it is in nats above the
+    dense models."""
+    text = perplexity_text(nll)
+    return f"{text} × dense, {combined} of all cases" if combined else f"perplexity {text}"
+
+
 def difference_text(effect: float, error: float, unit: str = " nats") -> str:
     return f"{effect:+.4f} ± {error:.4f}{unit}" if math.isfinite(error) else f"{effect:+.4f}{unit}"
 
@@ -67,12 +74,17 @@ def rows(summary: dict) -> list[dict]:
     return sorted(summary["table"], key=lambda row: row["method"] != "dense")
 
 
+def combined(summary: dict) -> str:
+    """As `Target.combined`."""
+    return summary["config"]["target"]["combine"] if summary.get("cases") else ""
+
+
 def headers(summary: dict) -> list[str]:
     measure = f"ppl_token@{summary['context']}"
     if summary.get("cases"):
-        combined = f"{summary['config']['target']['combine']} of all cases, × dense"
+        among = f"{combined(summary)} of all cases, × dense"
         first = f"{measure}, report split, {summary['cases'][0]['name']}"
-        return ["method", "candidate", "sparsity", f"{measure}, fitness split, {combined}", first]
+        return ["method", "candidate", "sparsity", f"{measure}, fitness split, {among}", first]
     return ["method", "candidate", "sparsity", f"{measure}, fitness split", f"{measure}, report split"]
 
 

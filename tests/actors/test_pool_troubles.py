@@ -154,6 +154,17 @@ def test_more_text_may_take_as_much_longer():
     assert (pool._deadline("fitness"), pool._deadline("report"), pool._deadline("report[0,3]")) == (60.0, 240.0, 60.0)
 
 
+def test_what_was_stopped_is_not_started_again():
+    """By the driver's end, while another thread waits for measurements."""
+    replica = Scripted(DIED())
+    pool = make(replica, Scripted("waiting"))
+    pool._starting = {0: _Start(time.monotonic())}
+    pool.stop()
+    with pytest.raises(Lost, match="were stopped"):
+        pool._look_after()
+    assert not replica.starts
+
+
 def test_a_full_disk_of_an_evaluators_machine_is_not_the_drivers(cluster, tiny_model, tmp_path):
     @ray.remote(num_cpus=0)
     class Full:

@@ -106,8 +106,29 @@ def test_broken_files(tmp_path):
         with pytest.raises(InputError, match=r"broken\.jsonl"):
             load_corpus(str(path))
     path.write_text("")
-    with pytest.raises(InputError, match="holds no documents"):
+    with pytest.raises(InputError, match="broken.jsonl is empty"):
         load_corpus(str(path))
+
+
+def test_of_a_hub_dataset_no_more_is_read_than_the_slice_needs(tmp_path, monkeypatch):
+    """A folder of the dataset's name is read as the dataset is; its second file cannot be read."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)  # there is no hub here
+    folder = tmp_path / "some" / "data"
+    folder.mkdir(parents=True)
+    write_rows(folder / "train-0.jsonl", [{"id": 1, "text": text} for text in ("a", " ", "b", "c")])
+    (folder / "train-1.jsonl").write_text("{")
+    assert load_corpus("some/data::train[0:2]").documents == ("a", "b"), "empty ones do not count"
+    assert load_corpus("some/data[1:3]").documents == ("b", "c")
+    with pytest.raises(InputError, match="holds no documents; some/data has at least 1,"):
+        load_corpus("some/data[1:1]")
+    for spec in ("some/data", "some/data[0:4]", "some/data[:-1]"):
+        with pytest.raises(InputError, match="cannot load the hub dataset some/data"):
+            load_corpus(spec)
+    write_rows(folder / "train-1.jsonl", [{"id": 2, "text": "d"}])
+    assert load_corpus("some/data").documents == load_corpus("some/data[0:9]").documents == ("a", "b", "c", "d")
 
 
 def test_token_windows(text_file, tiny_model, caplog):

@@ -1,6 +1,7 @@
 """Names of models, their tokenizers, and GGUF files written on the spot from a model that we know."""
 
 import math
+import shutil
 
 import gguf
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from autoprune.models.corpora import load_corpus, token_windows
 from autoprune.models.errors import InputError
-from autoprune.models.loading import GGUF_BLOCK, convert_gguf, load_config, load_tokenizer, resolve_model
+from autoprune.models.loading import GGUF_BLOCK, convert_gguf, load_config, load_tokenizer, pinned, resolve_model
 
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 
@@ -43,6 +44,25 @@ def test_clear_errors(name, message):
     with pytest.raises(InputError, match=message) as error:
         resolve_model(name)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_of_the_hub_is_held_to_its_revision(tiny_model, tmp_path, monkeypatch):
+    """Of what an earlier download has left, in the layout of the hub's cache: there is no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    held = tmp_path / "models--some--model"
+    (held / "refs").mkdir(parents=True)
+    old, new = (character * 40 for character in "ab")
+    for sha in (old, new):
+        shutil.copytree(tiny_model, held / "snapshots" / sha)
+    (held / "refs" / "main").write_text(old)
+    before = pinned("some/model", resolve_model("some/model"))
+    assert before == f"some/model@{old}"
+    (held / "refs" / "main").write_text(new)  # there was an update
+    assert resolve_model("some/model").name == new and resolve_model(before).name == old
+    assert pinned(before, resolve_model(before)) == before
+    with pytest.raises(InputError, match="cannot get some/model from the model hub"):
+        resolve_model("some/model@v2")
+    assert pinned(str(tiny_model), tiny_model) == str(tiny_model)
 
 
 def write_gguf(model, path, output=None):

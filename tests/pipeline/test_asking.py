@@ -72,7 +72,15 @@ def test_every_candidate_has_a_line_and_filters_choose(search, capsys):
             assert all(one["against"][0]["verdict"] == verdict for one in found)
 
 
+def test_where_no_candidate_is_left_it_is_said(search, capsys):
+    none = ("--operator", "seed", "--verdict", "refuted")
+    assert said(capsys, "lineage", search.folder, *none) == "no candidate\n"
+    assert json.loads(said(capsys, "lineage", search.folder, *none, "--json")) == []
+
+
 def test_the_page_can_be_had_at_any_time(search, capsys, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    assert f"there is no folder {nowhere}" in refused(capsys, "lineage", search.folder, "--html", nowhere / "x.html")
     page = tmp_path / "page.html"
     assert said(capsys, "lineage", search.folder, "--html", page).strip() == str(page)
     assert all(f'"{candidate.id}"' in page.read_text() for candidate in search.lineage)

@@ -1,10 +1,12 @@
 """Bad input: one clear line, exit code 2, nothing half-written. Good input: prune, evaluate and models for real."""
 
+import fcntl
 import io
 import json
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,11 @@ def refused(capsys, *arguments: object) -> str:
         ("target.sparcity=0.5", "did you mean target.sparsity?"),
         ("serch.generations=2", "did you mean search?"),
         ("search.generations=many", "whole number"),
+        ("search.adapt=5", "search.adapt is 5: expected true or false"),
+        ("evaluators.wait=.inf", "evaluators.wait is inf: expected a number that is finite"),
+        ("search.operators.mutate=.nan", "search.operators.mutate is nan"),
+        ("name=", "name is empty"),
+        ("seed=-1", "seed is -1: expected 0 or more"),
         ("search.seeds=[wnada]", "wanda"),
         ("search.seeds=[wanda+sdas]", "sdsa"),
         ("data.context=4096", "expected 2 to 128"),
@@ -109,6 +116,14 @@ def test_a_configuration_that_cannot_be_read_is_refused(capsys, tmp_path):
     assert "CONFIG.yaml" in refused(capsys, "search")
 
 
+def test_a_cluster_that_is_not_there_is_said_at_once_and_leaves_no_run_folder(capsys, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    assert main(["search", str(config)]) == 1
+    line = "autoprune: no Ray cluster at 127.0.0.1:9 (RAY_ADDRESS): start it, or unset RAY_ADDRESS"
+    assert capsys.readouterr().err.strip() == line
+    assert not (tmp_path / "runs" / "run").exists()
+
+
 def test_a_damaged_run_is_refused_before_anything_starts(capsys, config, tmp_path):
     assert "no run" in refused(capsys, "search", config, "--resume", tmp_path / "runs" / "run")
     folder = tmp_path / "runs" / "run"
@@ -126,12 +141,27 @@ def test_a_damaged_run_is_refused_before_anything_starts(capsys, config, tmp_pat
     )
     with locked(folder):
         assert "another process is searching" in refused(capsys, "search", "--resume", folder)
+    with open(folder / "lock") as file:  # as `autoprune status` does, to see whether a search runs
+        fcntl.flock(file, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        with locked(folder):
+            pass
     assert "exists" in refused(capsys, "search", config)
     assert "report.json" in refused(capsys, "report", folder)
     (checkpoint / "manifest.json").unlink()
     checkpoint.rmdir()
     (folder / "journal.jsonl").write_text('{"sha256":"0","record":{}}\n')
     assert "line 1 is damaged" in refused(capsys, "search", "--resume", folder)
+
+
+def test_a_configuration_of_another_command_is_refused(capsys):
+    configs = Path(__file__).parents[2] / "configs"
+    assert "of `autoprune compare`: it has models" in refused(capsys, "search", configs / "compare.yaml")
+    assert "of `autoprune search`: it has target" in refused(capsys, "compare", configs / "demo.yaml")
+    assert "unknown configuration key target" in refused(
+        capsys, "compare", configs / "compare.yaml", "--set", "target=x,model=y"
+    )
+    assert "--gpu-memory is nan" in refused(capsys, "plan", configs / "demo.yaml", "--gpu-memory", "nan")
 
 
 def test_prune_refuses_bad_input_and_leaves_nothing(capsys, tmp_path, tiny_model, text):
@@ -147,6 +177,9 @@ def test_prune_refuses_bad_input_and_leaves_nothing(capsys, tmp_path, tiny_model
     flat.write_text("def score(W):\n    return W.abs() * 0\n")
     assert "cannot be used" in refused(capsys, *base, "--sparsity", 0.6, "--score", flat)
     assert "windows is 0" in refused(capsys, *base, "--sparsity", 0.6, "--windows", 0)
+    for ending in ("+owl", "/cg"):
+        assert "it takes --allocation owl" in refused(capsys, *base, "--sparsity", 0.6, "--score", f"{flat}{ending}")
+    assert "is a file" in refused(capsys, *base[:-1], flat, "--sparsity", 0.6)
     assert "no --sparsity" in refused(capsys, *base)
     assert "2:4 means 0.5" in refused(capsys, *base, "--sparsity", 0.6, "--group", "2:4")
     assert "unknown comparison group 'colum'" in refused(capsys, *base, "--sparsity", 0.6, "--group", "colum")
@@ -192,6 +225,7 @@ def test_prune_then_evaluate(capsys, tmp_path, tiny_model, text):
     assert main(["prune", "--model", str(tiny_model), *how, "--out", str(out), *common]) == 0
     sidecar = json.loads((out / "autoprune.json").read_text())
     assert sidecar["algorithm"]["group"] == "row"
+    assert (out / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert {layer["pruned"] / layer["numel"] for layer in sidecar["layers"].values()} <= {19 / 32, 48 / 80}
     capsys.readouterr()
     nlls = []
@@ -199,6 +233,9 @@ def test_prune_then_evaluate(capsys, tmp_path, tiny_model, text):
         assert main(["evaluate", "--model", str(model), "--corpus", f"{text}[6:]", "--json", *common]) == 0
         nlls.append(json.loads(capsys.readouterr().out)["nll"])
     assert nlls[0] != nlls[1]
+    one = ["evaluate", "--model", str(out), "--corpus", str(text), "--windows", "1", "--reference", str(tiny_model)]
+    printed = shown(capsys, *one, *common)
+    assert "31 tokens in one window: no standard error, float32" in printed and "±" not in printed
 
 
 def test_a_pattern_is_kept_unless_another_allocation_is_asked_for(capsys, tmp_path, tiny_model, text):
@@ -278,7 +315,8 @@ def test_check_says_what_a_source_is_and_costs(capsys, tmp_path, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == ["def score(W, x_norm):", "    v0 = W.abs() * x_norm", "    return v0 / 2.0"]
     assert lines[3:5] == ["reads: W, x_norm", "cost: 3.0 operations per weight; 2.0 matrices of W's size at a time"]
-    assert re.fullmatch(r"masks by row: [0-9a-f]{16}\nmasks by matrix: [0-9a-f]{16}", "\n".join(lines[5:]))
+    assert re.fullmatch(r"masks by row: [0-9a-f]{16}\nmasks by matrix: [0-9a-f]{16}", "\n".join(lines[5:7]))
+    assert lines[7:] == ["group: row", "allocation: not in the file, so that of --allocation"]
     monkeypatch.setattr(sys, "stdin", io.StringIO(file.read_text()))
     assert main(["check", "-"]) == 0 and capsys.readouterr().out.splitlines() == lines
     file.write_text("def allocate(profile, sparsity):\n    return 1 + profile.skewness\n")
@@ -292,6 +330,7 @@ def test_check_says_what_a_source_is_and_costs(capsys, tmp_path, monkeypatch):
         ("def score(W):\n    return W.nump()", "line 2, column 12: 'nump' is not in the language"),
         ("def score(W):\n    return W.sum(dim=1)", "expected float32"),
         ("def score(W):\n    return W * 0", "nothing is ranked"),
+        ("# allocation: sdsaa tau=1\ndef score(W):\n    return W", "unknown allocation 'sdsaa': expected"),
     ):
         file.write_text(source)
         assert reason in refused(capsys, "check", file)
@@ -344,14 +383,18 @@ def test_status_says_how_far_a_search_is(capsys, tmp_path):
         status._written = 0.0
         status.step("evaluating (fitness)", 5, 8)
         text = shown(capsys, "status", folder)
-        for part in ("generation 2 of 9, 31 candidates", "best g01-c02: fitness 4.0000, perplexity 54.60", "5 of 8",
+        for part in ("generation 2 of 9, 31 candidates", "5 of 8",
+                     "best on the fitness split so far g01-c02: fitness 4.0000, perplexity 54.60",
                      "replica 1: 0 3 candidates in flight", "4 evaluators were made anew", "30 tokens/s, 1800 eval",
                      "left: 40 calls", "running, last heard of 0 s ago"):  # fmt: skip
             assert part in text
         assert told[0]["in_flight"] == 6 and told[0]["best_fitness_nats"] == 4.0 and set(told[0]) == set(GAUGES)
     assert "gone, last heard" in shown(capsys, "status", folder)
+    status.state({"best": {"id": "g01-c01", "nll": 0.5, "combined": "worst", "final": True}})
     status.end("stopped")
-    assert "stopped, last heard" in shown(capsys, "status", folder)
+    text = shown(capsys, "status", folder)
+    assert "stopped, last heard" in text
+    assert "best, after fresh text, g01-c01: fitness 0.5000, 1.65 × dense, worst of all cases" in text
 
 
 def shown(capsys, *arguments: object) -> str:

@@ -325,11 +325,11 @@ def test_tables_keep_masks_and_updates_apart_and_say_how_sdsa_stands(config):
     assert rows == [
         ["method", "50%", "70%"],
         ["-" * len(rows[1][0]), "-" * (len(rows[1][1]) - 1) + ":", "-" * (len(rows[1][2]) - 1) + ":"],
-        ["dense", "20.09", "20.09"],
-        ["wanda", "40.00 (0.689)", "**2,981 (5.000)**"],
-        ["wanda+owl", "**30.00 (0.401)**", "–"],
-        ["wanda+sdsa", "36.00 (0.584)", "162,755 (9.000)"],
-        ["wanda+sdsa@layer", "33.00 (0.497)", "–"],
+        ["dense", "20.09 ± 2.01", "20.09 ± 2.01"],
+        ["wanda", "40.00 ± 4.00 (0.689)", "**2,981 ± 298.10 (5.000)**"],
+        ["wanda+owl", "**30.00 ± 3.00 (0.401)**", "–"],
+        ["wanda+sdsa", "36.00 ± 3.60 (0.584)", "162,755 ± 16,275 (9.000)"],
+        ["wanda+sdsa@layer", "33.00 ± 3.30 (0.497)", "–"],
     ]
     assert "sparsegpt" not in masks and "wanda" not in updates
     assert "- 50%: wanda: best owl (30.00), sdsa@layer 10.0% above.\n" in masks
@@ -341,6 +341,26 @@ def test_tables_keep_masks_and_updates_apart_and_say_how_sdsa_stands(config):
     nameless = results_markdown(config, [findings(config, nlls)])
     assert "|" not in nameless and "The dense model is not measured" in nameless
     assert results_csv([findings(config, {})]).count("\n") == 1
+
+
+def test_methods_are_set_against_the_best_of_a_column_window_by_window(config):
+    methods = (Methods(("wanda",), ("none",), ("uniform", "owl", "sdsa", "dlp")),)
+    config = replace(config, methods=methods, sparsities=(0.5,))
+    windows = {"wanda": (3.0, 5.0, 4.6), "wanda+owl": (2.9, 4.8, 4.3), "wanda+sdsa": ()}  # the last of an old version
+    found = findings(config, {"dense": 3.0} | {f"{name} at 50%": 4.0 for name in windows})
+    for (method, target), result in list(found._results.items()):
+        if method is not None:
+            own = windows[str(method)]
+            nll = sum(own) / 3 if own else 4.3
+            found._results[method, target] = replace(result, nll=nll, window_nlls=own, standard_error=None)
+    text = results_markdown(config, [found])
+    paired = text.partition("paired over the windows:")[2]
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in paired.splitlines() if line[:1] == "|"]
+    error = math.sqrt(((0.1 - 0.2) ** 2 + (0.3 - 0.2) ** 2) / 2 / 3)
+    assert rows[2:] == [
+        ["wanda", f"+0.2000 ± {error:.4f}"], ["wanda+owl", "best"], ["wanda+sdsa", "–"], ["wanda+dlp", "–"]
+    ]  # fmt: skip
+    assert "| 66.69 (1.000) |" in text.replace("  ", ""), "without an error where there is none"
 
 
 def test_a_picture_for_each_model_with_a_curve(config, tmp_path):
@@ -413,10 +433,13 @@ def test_the_default_configuration_can_be_read_and_written(tmp_path):
 
 @pytest.fixture
 def command(tmp_path, tiny_model, data) -> list[str]:
-    """A real comparison: one method fails, since 7 does not divide the layers, and one is tuned."""
+    """A real comparison: one method fails, since its scores are no numbers, and one is tuned."""
+    broken = tmp_path / "broken.py"
+    broken.write_text("def score(W):\n    return W / (W * 0)\n")
     methods = [
         {"scores": ["wanda"], "updates": ["none"], "allocations": ["uniform", "sdsa:tuned"]},
         {"scores": ["sparsegpt"], "updates": ["sparsegpt"], "allocations": ["uniform"]},
+        {"scores": [str(broken)], "updates": ["none"], "allocations": ["uniform"]},
     ]
     settings = {
         "name": "real",
@@ -424,7 +447,7 @@ def command(tmp_path, tiny_model, data) -> list[str]:
         "models": [str(tiny_model)],
         "dtype": "float32",
         "methods": methods,
-        "sparsities": [0.5, "2:4", "3:7"],
+        "sparsities": [0.5, "2:4"],
         "data": vars(data),
         "evaluations": 2,
     }
@@ -440,6 +463,9 @@ def test_a_real_comparison_is_stopped_and_goes_on(capsys, monkeypatch, tmp_path,
     from autoprune.pipeline.population import baseline
 
     assert main([*command, "--set", "data.report=/no/such.txt"]) == 2
+    capsys.readouterr()
+    assert main([*command, "--set", "sparsities=[0.5, '3:7']"]) == 2
+    assert "has layers of 32 inputs, which 3:7 cannot cut" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
     folder, done, measure = tmp_path / "runs" / "real", [], Workbench.measure
 
@@ -454,11 +480,12 @@ def test_a_real_comparison_is_stopped_and_goes_on(capsys, monkeypatch, tmp_path,
     assert f"go on with: autoprune compare {folder / 'config.yaml'}" in capsys.readouterr().err
     assert len(list((folder / "cells").iterdir())) == 3
     monkeypatch.setattr(Workbench, "measure", measure)
-    assert main(["compare", str(folder / "config.yaml")]) == 0
+    assert main(["compare", str(folder / "config.yaml")]) == 1
     printed = capsys.readouterr()
-    assert printed.out == (folder / "results.md").read_text() and "3 of 10 cells are there already" in printed.err
+    assert printed.out == (folder / "results.md").read_text() and "3 of 9 cells are there already" in printed.err
+    assert "2 of 9 cells failed" in printed.err
     rows = list(csv.DictReader((folder / "results.csv").open()))
-    assert len(rows) == 10 and rows[0]["score"] == "dense"
+    assert len(rows) == 9 and rows[0]["score"] == "dense"
 
     pruned = tmp_path / "pruned"
     prune(str(tiny_model), baseline("wanda"), 0.5, data.calibration, pruned, 32, data.calibration_windows)
@@ -469,9 +496,10 @@ def test_a_real_comparison_is_stopped_and_goes_on(capsys, monkeypatch, tmp_path,
     assert float(row["standard_error"]) == pytest.approx(oracle.standard_error, abs=1e-5)
     assert row["corpus_sha256"] == oracle.corpus_sha256 and int(row["tokens"]) == oracle.tokens == 93
     failed = [r for r in rows if r["error"]]
-    assert {r["group"] for r in failed} == {"3:7"} and len(failed) == 3 and "7" in failed[0]["error"]
+    assert {Path(r["score"]).name for r in failed} == {"broken.py"} and len(failed) == 2
     assert all(abs(float(r["sparsity_achieved"]) - 0.5) < 0.02 for r in rows[1:] if not r["error"])
     assert "### With weight update" in printed.out and "error 1" in printed.out
+    assert printed.out.count("Nats above the best of the column, paired over the windows:") == 1, "for two, not for one"
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
     parent_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
@@ -482,7 +510,7 @@ def test_a_real_comparison_is_stopped_and_goes_on(capsys, monkeypatch, tmp_path,
 
     parent, own = client.get_run(parent_id), children()
     assert (parent.info.status, parent.data.tags["autoprune.kind"]) == ("FINISHED", "comparison")
-    assert parent.data.metrics == {"cells": 10, "errors": 3}
+    assert {"cells": 9, "errors": 2}.items() <= parent.data.metrics.items()  # beside those of the machine
     assert {"results.csv", "results.md", "config.yaml"} <= {file.path for file in client.list_artifacts(parent_id)}
     assert {run.data.tags["autoprune.cell"] for run in own} == {p.stem for p in (folder / "cells").iterdir()}
     names = {"model", "score", "update", "group", "allocation", "sparsity"}
@@ -491,11 +519,11 @@ def test_a_real_comparison_is_stopped_and_goes_on(capsys, monkeypatch, tmp_path,
     assert run.data.metrics["nll"] == float(row["nll"]) and set(run.data.metrics) == {
         "perplexity", "nll", "kl", "sparsity_achieved", "pruning_seconds"
     }  # fmt: skip
-    assert sorted(run.info.status for run in own) == ["FAILED"] * 3 + ["FINISHED"] * 7
+    assert sorted(run.info.status for run in own) == ["FAILED"] * 2 + ["FINISHED"] * 7
 
     monkeypatch.setattr(Workbench, "__init__", lambda *_: pytest.fail("a finished comparison was measured again"))
-    assert main(command) == 0
-    assert len(children()) == 10
+    assert main(command) == 1
+    assert len(children()) == 9
     assert main([*command, "--set", "name=text", "--set", f"runs={tmp_path / 'copy'}", "--set", "models=[x]"]) == 2
     (tmp_path / "runs" / "taken").mkdir()
     (tmp_path / "runs" / "taken" / "journal.jsonl").write_text("")
@@ -519,6 +547,7 @@ def test_algorithms_from_files_are_compared_too(config, tmp_path):
     for methods, message in (
         (Methods(("wanda",), ("none",), ("own",)), "methods.allocations holds 'own' beside the score wanda"),
         (Methods((str(tmp_path / "no.py"),)), "cannot read"),
+        (Methods((str(file),), ("none",), ("own:tuned",)), "what a file says itself cannot be tuned"),
     ):
         with pytest.raises(InputError, match=message):
             check_comparison(replace(config, methods=(methods,)))

@@ -353,3 +353,31 @@ def test_a_file_that_says_nothing_else_is_by_row_and_uniform(tmp_path):
     (tmp_path / "own.py").write_text("# group: colum\ndef score(W):\n    return W.abs()\n")
     with pytest.raises(InputError, match="unknown comparison group 'colum'"):
         read_score(tmp_path / "own.py")
+
+
+@pytest.mark.parametrize(
+    "comment, group, allocation, spread",
+    [
+        ("# Allocation: owl", "row", "owl lam=0.08", True),
+        ("#ALLOCATION : atp@layer", "row", "atp@layer", True),
+        ("# Group: matrix", "matrix", "uniform", False),
+    ],
+)
+def test_what_a_file_says_of_its_group_and_allocation_is_taken(tmp_path, comment, group, allocation, spread):
+    (tmp_path / "own.py").write_text(f"{comment}\ndef score(W):\n    return W.abs()\n")
+    algorithm, said = read_score(tmp_path / "own.py")
+    assert (algorithm.group, str(algorithm.allocation), said) == (group, allocation, spread)
+
+
+@pytest.mark.parametrize(
+    "comment, message",
+    [
+        ("# allocation: sdsaa tau=1", "own.py: unknown allocation 'sdsaa'.*'sdsa'"),
+        ("# allocation: sdsa tua=1", "unknown parameter 'tua'.*'tau'"),
+        ("# allocation: written 12345678", "holds no `def allocate"),
+    ],
+)
+def test_what_a_file_says_of_its_allocation_is_refused_where_it_is_none(tmp_path, comment, message):
+    (tmp_path / "own.py").write_text(f"{comment}\ndef score(W):\n    return W.abs()\n")
+    with pytest.raises(InputError, match=message):
+        read_score(tmp_path / "own.py")

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from local import LocalEvaluator, local_search, small_config, without_clock
 
-from autoprune.models.errors import Lost
-from autoprune.pipeline.config import Budgets
+from autoprune.models.errors import InputError, Lost
+from autoprune.pipeline.config import Budgets, Config, Generator, SearchPlan, check_config
 
 
 class Watched:
@@ -28,6 +28,13 @@ class Watched:
 
     def __getattr__(self, name):
         return getattr(self._generator, name)
+
+
+def test_an_engine_that_sleeps_while_evaluators_measure_cannot_write_meanwhile():
+    sleeping = Config(generator=Generator(sleeps=True))
+    check_config(sleeping)
+    with pytest.raises(InputError, match="search.lag and generator.sleeps exclude each other"):
+        check_config(replace(sleeping, search=SearchPlan(lag=1)))
 
 
 def lagged(folder, evaluator, delay="", lag=1, **budgets):

@@ -7,7 +7,7 @@ import pytest
 from local import LocalEvaluator, SilentProgress, local_search, small_config, without_clock
 
 from autoprune.actors.storage import Storage
-from autoprune.models.errors import InputError
+from autoprune.models.errors import InputError, TakenOver
 from autoprune.pipeline.mirror import Mirror, fetch
 from autoprune.pipeline.search import Search
 
@@ -44,6 +44,62 @@ def test_a_run_goes_on_from_its_copy(tmp_path, tiny_model, storage):
     assert len(joined) <= 5, "a checkpoint makes one file of the records since the one before"
     assert len({name.split("/")[1] for name in storage.names("checkpoint")}) == 3 + 1, "and the parts"
     assert not fetch(storage, search.folder), "the folder has everything"
+
+
+def test_a_search_that_begins_again_leaves_no_checkpoint_that_it_cannot_go_on_from(tmp_path, fresh, storage):
+    mirrored(tmp_path, fresh, storage).run()
+    checkpoints = tmp_path / "run" / "checkpoint"
+    for path in checkpoints.glob("generation-*/spent.json"):
+        path.write_text("damaged")
+    fresh.die_after = len(fresh.measured)
+    search = mirrored(tmp_path, fresh, storage)
+    saved = []
+    search.tracker.generation = lambda index, _: saved.append(sorted(p.name[-1] for p in checkpoints.glob("gen*")))
+    search.run()
+    assert saved == [[], ["0"], ["0", "1"], ["0", "1", "2"]], "each is there when the next one is due"
+    assert not [line for line in search.progress.said if "storage" in line]
+
+
+def test_a_checkpoint_in_a_storage_that_is_newer_than_the_one_that_is_saved_goes(tmp_path, storage):
+    mirror = Mirror(storage, print, tmp_path)
+    mirror.begin(b"config", [{"a": 1}])
+    for generation in (9_999, 10_000, 2):
+        folder = tmp_path / "checkpoint" / f"generation-{generation:04d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        mirror.saved(folder.name, [{"a": 1}])
+        left = {name.split("/")[1] for name in storage.names("checkpoint")}
+        assert folder.name in left and len(left) == (2 if generation == 10_000 else 1)
+
+
+def test_of_two_searches_on_one_storage_the_first_stops(tmp_path, storage):
+    said = SilentProgress()
+    first, second = (Mirror(storage, said.say, tmp_path / name) for name in ("a", "b"))
+    for name in ("a", "b"):
+        (tmp_path / name / "checkpoint" / "generation-0001").mkdir(parents=True)
+    records = [{"n": 0}]
+    first.begin(b"config", records)
+    first.saved("generation-0001", records)
+    second.begin(b"config", records)
+    before = {name: storage.read(name) for name in storage.names()}
+    with pytest.raises(TakenOver, match="another search has taken over this run in .*: this one stops"):
+        first.saved("generation-0001", [*records, {"n": 1}])
+    first.close([*records, {"n": 1}])  # what ends must end
+    assert {name: storage.read(name) for name in storage.names()} == before
+    second.saved("generation-0001", records)
+    assert not said.said
+
+
+def test_the_mlflow_run_goes_with_the_copy_and_a_fetch_that_was_cut_off_is_done_again(tmp_path, storage):
+    run, records = tmp_path / "run", [{"n": 0}]
+    run.mkdir()
+    (run / "mlflow.json").write_text("memory")
+    Mirror(storage, print, run).begin(b"config", records)
+    other = tmp_path / "other"
+    assert fetch(storage, other) and (other / "mlflow.json").read_text() == "memory"
+    (other / "config.yaml").unlink()  # the last thing that it writes
+    assert fetch(storage, other) and (other / "config.yaml").read_bytes() == b"config"
+    assert not fetch(storage, other)
 
 
 class Broken:

@@ -103,6 +103,32 @@ def test_what_does_not_fit_is_said_with_what_would(capsys):
     assert main([*command[:-1], f"evaluators.shards={needed - 1}"]) == 1
 
 
+def test_what_does_not_fit_beside_an_engine_is_said_with_what_the_gpus_that_there_are_can_hold(capsys):
+    command = ["plan", str(CONFIGS / "llama-3.1-8b.yaml"), "--gpu-memory", "80"]
+    assert main(command) == 1
+    text = capsys.readouterr().out
+    assert "evaluators.shards=2 would fit, which takes 0.74 GPU for each of 2;" in text
+    context = re.search(r"data.context=(\d+) would fit on the GPUs that there are", text)[1]
+    assert main([*command, "--set", f"data.context={context}"]) == 0
+    engine = next(line for line in capsys.readouterr().out.splitlines() if "vLLM engine" in line)
+    total, room, cache, some, all_ = map(
+        float, re.search(r": ([\d.]+) GiB of ([\d.]+) GiB .*cache ([\d.]+) for (\d+) of (\d+) answers", engine).groups()
+    )
+    assert total <= room and some < all_ == 36
+    assert (some + 1) * cache / some + total - cache > 0.9 * 0.26 * 80, "one more would not fit"
+
+
+def test_texts_are_looked_at_without_being_read(capsys, tmp_path):
+    command = ["plan", str(CONFIGS / "demo.yaml"), "--gpu-memory", "0", "--set"]
+    for setting, reason in (
+        (f"data.report={tmp_path / 'no.txt'}", "there is no file"),
+        ("data.report=wikipedia-sampel", "did you mean wikipedia-sample?"),
+        ("data.report=wikipedia-sample[10:80]", "overlaps data.calibration"),
+    ):
+        assert main([*command, setting]) == 2
+        assert reason in capsys.readouterr().err
+
+
 def test_a_cpu_is_planned_for_too(capsys):
     assert main(["plan", str(CONFIGS / "demo.yaml"), "--gpu-memory", "0"]) in (0, 1)
     text = capsys.readouterr().out

@@ -1,16 +1,19 @@
 """Fitness over several cases: in nats above each dense model, of the worst case or their mean."""
 
 import json
+import threading
 from dataclasses import replace
 
 import pytest
 from local import local_search, small_config
 
 from autoprune.actors.messages import Evaluation
-from autoprune.models.errors import InputError
+from autoprune.models.errors import InputError, Lost
+from autoprune.pipeline.asking import reasoning_lines
 from autoprune.pipeline.config import Further, check_config, load_config
 from autoprune.pipeline.screening import subset_nll
 from autoprune.pipeline.targets import Case, Cases, combine
+from autoprune.pipeline.wording import perplexity_text
 
 
 def evaluation(*nlls, errors=(0.1, 0.5), **more):
@@ -35,6 +38,7 @@ class Pool:
     """Two windows of dense NLL 2 and 3 (in all cases), and pruned ones that grow with the sparsity."""
 
     dense = {"fitness": evaluation(2.0, 3.0), "report": evaluation(2.2, 3.2)}
+    room = 1
 
     def evaluate(self, jobs, split="fitness", sparsity=None):
         for index in reversed(range(len(jobs))):
@@ -50,6 +54,43 @@ def test_every_case_is_measured_against_its_own_dense_model():
     assert one.nll == pytest.approx(0.7), "a window against the same window"
     (plain,) = (e for _, e in cases.evaluate(["x"], "report@0"))
     assert plain.nll == pytest.approx(3.0), "one case alone is in nats as such"
+
+
+class Meeting(Pool):
+    """Measures nothing before another pool is asked, too; notes what it is asked for."""
+
+    room = 8
+
+    def __init__(self, barrier):
+        self._barrier, self.asked = barrier, []
+
+    def evaluate(self, jobs, split="fitness", sparsity=None):
+        self.asked.append((list(jobs), sparsity))
+        self._barrier.wait()
+        for index, found in super().evaluate(jobs, split, sparsity):
+            yield index, Evaluation(None, 0, error=f"not at {sparsity}") if jobs[index] == "bad" else found
+
+
+def test_pools_measure_side_by_side_and_what_failed_in_a_case_is_spared_the_others_of_its_pool():
+    barrier = threading.Barrier(2, timeout=30)
+    first, second = Meeting(barrier), Meeting(barrier)
+    cases = Cases([Case(first, 0.7, "a"), Case(second, 0.5, "b"), Case(first, 0.6, "c"), Case(second, 0.4, "d")], True)
+    jobs = ["bad", *range(17)]
+    found = list(cases.evaluate(jobs))
+    assert [index for index, _ in found] == list(range(18))
+    assert found[0][1].error == "not at 0.7", "of the first case that it failed in, whichever came first"
+    assert [e.nll for _, e in found[1:]] == pytest.approx([0.7] * 17)
+    assert first.asked == [(jobs[:16], 0.7), (jobs[1:16], 0.6), (jobs[16:], 0.7), (jobs[16:], 0.6)], "twice the room"
+    assert [sparsity for _, sparsity in second.asked] == [0.5, 0.4, 0.5, 0.4]
+
+
+def test_what_ends_one_pool_ends_the_search():
+    class Ends(Pool):
+        def evaluate(self, jobs, split="fitness", sparsity=None):
+            raise Lost("gone")
+
+    with pytest.raises(Lost, match="gone"):
+        list(Cases([Case(Pool(), 0.7, "a"), Case(Ends(), 0.5, "b")], worst=True).evaluate(["x"]))
 
 
 @pytest.mark.parametrize("how", ["worst", "mean"])
@@ -70,6 +111,10 @@ def test_a_search_over_two_sparsities(tmp_path, evaluator, how, monkeypatch):
     assert part.nll == pytest.approx(subset_nll(whole, (2, 0)), abs=1e-5), "cheap and full have one zero"
     written = next(c for c in search.lineage if c.prompt)
     assert "tiny to 50%; tiny to 70%" in written.prompt and f"the {how} of these cases" in written.prompt
+    told = "\n".join(reasoning_lines(search.lineage, best, config.target.combined))
+    assert f"{perplexity_text(best.fitness)} × dense, {how} of all cases on the fitness split" in told
+    final = {"id": best.id, "nll": best.fitness, "combined": how, "final": True}
+    assert search.progress.facts["best"] == final, "after the end, the one that stood on fresh text"
     assert json.loads((tmp_path / "run" / "lineage.json").read_text())
     other = replace(evaluator.dense["fitness"], window_nlls=tuple(nll + 0.1 for nll in dense))
     monkeypatch.setitem(evaluator.dense, "fitness", other)  # nats above the dense model would still be 0 for it

@@ -89,6 +89,21 @@ def test_a_store_that_fails_is_left_alone_for_a_while(uri, tmp_path, monkeypatch
     assert parent.info.status == "FINISHED"
 
 
+def test_what_a_store_missed_is_written_bit_by_bit(uri, tmp_path, monkeypatch):
+    tracker = started(uri, tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(tracker._client, "log_batch", lambda *_, **__: 1 / 0)
+        for generation in range(10):
+            tracker.generation(generation, {"best_fitness_nll": 5.0})
+    monkeypatch.setattr("autoprune.pipeline.tracking.CATCHING_UP", 0.0)
+    left = len(tracker._pending)
+    tracker.generation(10, {"best_fitness_nll": 4.0})
+    assert len(tracker._pending) == left, "each of its two calls was made, and no other"
+    tracker.finish("FINISHED", {}, [])
+    client, parent, _ = store(uri)
+    assert len(client.get_metric_history(parent.info.run_id, "best_fitness_nll")) == 11
+
+
 @pytest.fixture
 def uri(first_use, tmp_path):
     """A database of the test's own: copied, since making MLflow's tables takes seconds."""
