@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors import safe_open
+from searches import command, run
 
 from autoprune.actors.metrics import GAUGES
 from autoprune.pipeline.cli import main
@@ -116,11 +118,11 @@ def test_a_configuration_that_cannot_be_read_is_refused(capsys, tmp_path):
     assert "CONFIG.yaml" in refused(capsys, "search")
 
 
-def test_a_cluster_that_is_not_there_is_said_at_once_and_leaves_no_run_folder(capsys, config, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    assert main(["search", str(config)]) == 1
+def test_a_cluster_that_is_not_there_is_said_at_once_and_leaves_no_run_folder(config, tmp_path):
+    """In a process of its own: one that is connected already, as this one may be, asks no other cluster."""
+    done = run(command("search", config), env=os.environ | {"RAY_ADDRESS": "127.0.0.1:9"}, timeout=60)
     line = "autoprune: no Ray cluster at 127.0.0.1:9 (RAY_ADDRESS): start it, or unset RAY_ADDRESS"
-    assert capsys.readouterr().err.strip() == line
+    assert (done.returncode, done.stderr.strip()) == (1, line)
     assert not (tmp_path / "runs" / "run").exists()
 
 
