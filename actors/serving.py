@@ -177,19 +177,19 @@ class VllmGenerator:
         began = time.monotonic()
         while True:
             ready, _ = ray.wait(self._started, num_returns=len(self._started), timeout=0)
-            serving = []
+            serving, late = [], time.monotonic() - began > self._deadline
             for number, started in enumerate(self._started):
                 try:
                     if started in ready:
                         ray.get(started)
                         serving.append(number)
-                    elif time.monotonic() - began > self._deadline:
+                    elif late:
                         raise ray.exceptions.GetTimeoutError(f"not started within {self._deadline:g} s")
                 except ray.exceptions.RayError as error:
                     self._replace(number, error)
             if serving:
                 return serving
-            if time.monotonic() - began > self._deadline:
+            if late:
                 began = time.monotonic()
             ray.wait(self._started, timeout=min(self._deadline, 1.0))
 

@@ -134,8 +134,10 @@ def _subject(config: Comparison, model: str, texts: dict[str, Corpus]) -> Subjec
     context = config.data.context
     check_model(folder, model, context)
     options = load_config(folder)
-    for pattern in dict.fromkeys(target.pattern for target in config.targets() if target.pattern):
-        for line in misfit(pattern, model, model_sizes(options, model, config.dtype)):
+    patterns = dict.fromkeys(target.pattern for target in config.targets() if target.pattern)
+    sizes = model_sizes(options, model, config.dtype) if patterns else None
+    for pattern in patterns:
+        for line in misfit(pattern, model, sizes):
             raise InputError(line)
     tokenizer = load_tokenizer(folder)
     limits = {name: getattr(config.data, f"{name}_windows") for name in texts}

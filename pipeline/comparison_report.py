@@ -196,7 +196,10 @@ def _header(config: Comparison, found: Findings) -> str:
 
 def figure(nll: float) -> str:
     """Perplexity for people."""
-    value = perplexity(nll)
+    return _digits(perplexity(nll))
+
+
+def _digits(value: float) -> str:
     if not math.isfinite(value):
         return "∞"
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.1e}"
@@ -207,7 +210,7 @@ def _figure_of(result: Result) -> str:
     text, error = figure(result.nll), result.standard_error
     if error is None or not math.isfinite(perplexity_of(result)):
         return text
-    return f"{text} ± {figure(math.log(error * perplexity_of(result)))}" if error else f"{text} ± 0.00"
+    return f"{text} ± {_digits(error * perplexity_of(result))}"
 
 
 def _table(found: Findings, methods: list[Method]) -> list[str]:

@@ -65,8 +65,8 @@ def prepare_all(config: Config) -> dict[str, Prepared]:
     texts = {name: load_corpus(getattr(config.data, name)) for name in SPLITS}
     found = {model: _prepare(config, model, texts) for model in dict.fromkeys(case.model for case in cases)}
     if any(case.group != FREE_GROUP for case in cases):
-        for misfit in misfits(config.target, {name: one.sizes for name, one in found.items()}):
-            raise InputError(misfit)
+        for line in misfits(config.target, {name: one.sizes for name, one in found.items()}):
+            raise InputError(line)
     return found
 
 
