@@ -60,7 +60,7 @@ def log_inputs(
     ]
     logged = []
     for model in models:
-        name = re.sub(r"[^\w.-]+", "-", Path(model).name)
+        name = re.sub(r"[^\w-]+", "-", Path(model).name)  # MLflow takes no dot here
         entry = client.create_logged_model(
             experiment_id, name=name, tags={"autoprune.model": model}, model_type="unpruned"
         )

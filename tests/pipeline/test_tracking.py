@@ -116,7 +116,7 @@ TEXTS = {"fitness": ("prose[0:4]", "ab" * 32), "report": ("prose[4:8]", "cd" * 3
 
 def started(uri, tmp_path, config=CONFIG):
     tracker = MlflowTracker(uri, "demo", "first", tmp_path / "run")
-    tracker.start(config, TEXTS, ["org/tiny model"])
+    tracker.start(config, TEXTS, ["org/tiny 2.5-model"])
     return tracker
 
 
@@ -221,7 +221,7 @@ def test_code_texts_models_and_the_machine_are_told(uri, tmp_path, monkeypatch):
     told = {one.tags[0].value: (one.dataset.name, one.dataset.digest) for one in parent.inputs.dataset_inputs}
     assert told == {"fitness": ("prose[0:4]", "ab" * 16), "report": ("prose[4:8]", "cd" * 16)}
     (model,) = client.get_run(parent.info.run_id).inputs.model_inputs
-    assert client.get_logged_model(model.model_id).tags["autoprune.model"] == "org/tiny model"
+    assert client.get_logged_model(model.model_id).tags["autoprune.model"] == "org/tiny 2.5-model"
     history = client.get_metric_history(parent.info.run_id, "system/cpu_utilization_percentage")
     assert 2 <= len(history) <= 3 * MOST_SAMPLES and len({m.timestamp for m in history}) == len(history)
 
