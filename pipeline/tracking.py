@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -37,8 +38,10 @@ logger = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
 LOCAL_UI = "http://127.0.0.1:5000"
 PARENT_TAG = "mlflow.parentRunId"  # what makes the UI show a run under another
+NOTE_TAG = "mlflow.note.content"  # what it shows as a run's description
 MEASURED = ("evaluated", "failed", "poison")
 VALUE_LENGTH = 500  # of a parameter or a tag: the limit of older servers
+DESCRIBED = 4000  # characters of an algorithm in a description; a server takes 5000 for a tag at least
 ENDED = ("FINISHED", "FAILED")
 PARAMS_PER_BATCH = 100  # the server's limit
 METRICS_PER_BATCH = 1000  # the same
@@ -306,7 +309,7 @@ class MlflowTracker:
 
     def _finish(self, status: str, metrics: dict[str, float], artifacts: list[Path], note: str, timestamp: int) -> None:
         if note:
-            self._client.set_tag(self._run_id, "mlflow.note.content", note)
+            self._client.set_tag(self._run_id, NOTE_TAG, note)
         self._log(self._run_id, metrics, timestamp)
         for path in artifacts:
             self._client.log_artifact(self._run_id, str(path))
@@ -352,7 +355,16 @@ class MlflowTracker:
             tags["allocation"] = str(candidate.algorithm.allocation)
         # An empty tag says nothing in the UI: a seed has no parents and no verdict.
         written = {f"autoprune.{name}": cut(value) for name, value in tags.items() if value}
-        return {PARENT_TAG: self._run_id, **written}
+        return {PARENT_TAG: self._run_id, NOTE_TAG: self._description(candidate), **written}
+
+    @staticmethod
+    def _description(candidate: Candidate) -> str:
+        """Markdown that the UI shows first. Both parts are fenced, since a language model wrote them."""
+        parts = [("text", cut(candidate.hypothesis))]
+        if candidate.algorithm is not None:
+            parts.append(("python", algorithm_text(candidate.algorithm).rstrip()[:DESCRIBED]))
+        fence = "`" * max([3, *(len(run) + 1 for _, text in parts for run in re.findall("`+", text))])
+        return "\n\n".join(f"{fence}{kind}\n{text}\n{fence}" for kind, text in parts if text)
 
     @staticmethod
     def _metrics(candidate: Candidate, edges: list[dict]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from autoprune.models.errors import InputError
 from autoprune.pipeline.lineage import Candidate, Lineage
 from autoprune.pipeline.tracking import MlflowTracker, flatten
 from autoprune.pipeline.tracking_context import MOST_SAMPLES, source_tags
+from autoprune.pipeline.wording import algorithm_text
 
 ALGORITHM = Algorithm("def score(W, x_norm):\n    return W.abs() * x_norm", "row", Allocation("sdsa", {"tau": 0.5}))
 MEASURED = Evaluation(5.0, 1022, (4.9, 5.1), (0.5, 0.7), sparsity=0.6, seconds=2.5)
@@ -176,6 +177,8 @@ def test_a_search_is_one_parent_with_a_child_for_each_measured_candidate(uri, tm
         "allocation": "sdsa tau=0.5",
     }
     assert tags["verdict"] == "confirmed"
+    described = child.data.tags["mlflow.note.content"]
+    assert described == f"```text\nA root is softer.\n```\n\n```python\n{algorithm_text(ALGORITHM).rstrip()}\n```"
     assert (child.info.status, children["g1-c1"].info.status) == ("FINISHED", "FAILED")
     assert child.info.end_time - child.info.start_time == 2500
     source = artifact(client, child, "algorithm.py")
@@ -187,6 +190,12 @@ def test_a_search_is_one_parent_with_a_child_for_each_measured_candidate(uri, tm
     )
     assert {f.path for f in client.list_artifacts(children["seed-wanda"].info.run_id)} == {"algorithm.py", "thought.md"}
     assert (tmp_path / "mlartifacts" / child.info.run_id).is_dir()  # beside the database
+
+
+def test_a_description_cannot_leave_its_fence(uri, tmp_path):
+    claim = "```` <img src=x onerror=alert(1)>"
+    described = started(uri, tmp_path)._description(Candidate("c", 0, "mutate", (), hypothesis=claim))
+    assert described == f"`````text\n{claim}\n`````"
 
 
 def test_a_resumed_search_goes_on_in_the_same_runs(uri, tmp_path):
