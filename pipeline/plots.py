@@ -59,7 +59,7 @@ def _number(value: float, _position: int | None = None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _perplexity_axis(axes: Axes, values: list[float], keep: list[float], split: str) -> float:
+def _perplexity_axis(axes: Axes, values: list[float], keep: list[float], measure: str) -> float:
     """A logarithmic axis with plain numbers; returns the height above which a candidate is drawn at the edge.
 
     keep: perplexities that must be inside, whatever the others are.
@@ -76,7 +76,7 @@ def _perplexity_axis(axes: Axes, values: list[float], keep: list[float], split: 
         axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=30))
     axes.yaxis.set_major_formatter(FuncFormatter(_number))
     axes.minorticks_off()
-    axes.set_ylabel(f"perplexity on the {split} (log scale)")
+    axes.set_ylabel(f"{measure} (log scale)")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -116,8 +116,11 @@ def _scatter(axes: Axes, candidates: list[Candidate], x: Callable[[Candidate], f
         axes.scatter([], [], size, marker="^", color=QUIET, label="above the axis")
 
 
-def lineage_png(lineage: Lineage, best: str, title: str) -> bytes:
-    """The graph: generation against perplexity, edges from parent to child, the best one's ancestry in bold."""
+def lineage_png(lineage: Lineage, best: str, title: str, measure: str) -> bytes:
+    """The graph: generation against perplexity, edges from parent to child, the best one's ancestry in bold.
+
+    measure: what fitness is, as a perplexity.
+    """
     candidates = list(lineage)
     measured = [c for c in candidates if c.status == "evaluated"]
     path = [c for c in lineage.ancestors_path(best) if c.status == "evaluated"]
@@ -128,7 +131,7 @@ def lineage_png(lineage: Lineage, best: str, title: str) -> bytes:
     figure = Figure(figsize=(width + 1.5, 6.6))
     axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[6.3, 1.2], gridspec_kw={"hspace": 0.06})
     keep = [perplexity(c.fitness) for c in path]
-    top = _perplexity_axis(axes, [perplexity(c.fitness) for c in measured], keep, "fitness split")
+    top = _perplexity_axis(axes, [perplexity(c.fitness) for c in measured], keep, measure)
 
     def height(candidate: Candidate) -> float:
         return min(perplexity(candidate.fitness), top)
@@ -193,11 +196,12 @@ def _label_path(
         )
 
 
-def progress_png(lineage: Lineage, references: dict[str, float], title: str) -> bytes:
+def progress_png(lineage: Lineage, references: dict[str, float], title: str, measure: str) -> bytes:
     """Perplexity against the number of evaluations: each candidate, the best so far, and the baselines as lines.
 
-    references: method → perplexity on the fitness split. The band about the best so far is two standard errors of its
-    paired difference to the best seed: where it holds that seed's level, the gain may be noise.
+    references: method → perplexity on the fitness split. measure: see `lineage_png`. The band about the best so far is
+    two standard errors of its paired difference to the best seed: where it holds that seed's level, the gain may be
+    noise.
     """
     measured = [c for c in lineage if c.status == "evaluated"]
     values = [perplexity(c.fitness) for c in measured]
@@ -206,7 +210,7 @@ def progress_png(lineage: Lineage, references: dict[str, float], title: str) -> 
 
     figure = Figure(figsize=(9.5, 5.2))
     axes = figure.subplots()
-    top = _perplexity_axis(axes, values, [best[-1], *references.values()], "fitness split")
+    top = _perplexity_axis(axes, values, [best[-1], *references.values()], measure)
     for (name, value), style in zip(references.items(), ("--", ":"), strict=False):
         axes.axhline(value, color=QUIET, linestyle=style, linewidth=1.4, label=f"{name} ({_number(value)})", zorder=1)
     within = [min(b, top) for b in best]
@@ -266,7 +270,7 @@ def sensitivity_png(costs: list[float], best: Candidate, title: str) -> bytes:
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.4], gridspec_kw={"hspace": 0.12})
     axes.bar(range(len(costs)), costs, color=COLOURS["explore"], width=0.7)
     axes.axhline(0, color=QUIET, linewidth=0.8)
-    axes.set_ylabel("cost of pruning it alone,\nnats per token")
+    axes.set_ylabel(f"cost of pruning it alone\nby {best.id}, nats per token")
     below.bar(range(len(costs)), [100 * s for s in best.evaluation.block_sparsities], color=QUIET, width=0.7)
     below.set_ylabel(f"sparsity in\n{best.id}, %")
     below.set_ylim(0, 100)
@@ -297,7 +301,7 @@ def comparison_png(
     figure = Figure(figsize=(2.5 + 5.5 * len(panels), 6.0))
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.06})[0]
     for axes, (name, curves) in zip(all_axes, panels.items(), strict=True):
-        _perplexity_axis(axes, within, [dense, top], "report split")
+        _perplexity_axis(axes, within, [dense, top], "perplexity on the report split")
         if top / dense >= 12:
             axes.yaxis.set_major_locator(LogLocator(subs=[1, 2, 5], numticks=30))
         axes.axhline(dense, color=QUIET, linestyle="--", linewidth=1.4, zorder=1)

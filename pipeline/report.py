@@ -26,6 +26,7 @@ from autoprune.pipeline.wording import (
     counts_line,
     goal,
     headers,
+    measure_text,
     origin,
     perplexity_text,
     plain,
@@ -60,10 +61,11 @@ def write_report(folder: Path, lineage: Lineage, summary: dict) -> list[Path]:
         if row["method"] in REFERENCES and math.isfinite(perplexity(row["fitness_nll"]))
     }
     about = f"{summary['name']}: {summary['target']} at {goal(summary)} sparsity"
+    measure = measure_text(summary)
     files = {
         "report.json": _json(summary | {"algorithm": best.algorithm.to_dict()}),
-        "lineage.png": lineage_png(lineage, best.id, f"Lineage of {about}"),
-        "fitness.png": progress_png(lineage, references, f"Progress of {about}"),
+        "lineage.png": lineage_png(lineage, best.id, f"Lineage of {about}", measure),
+        "fitness.png": progress_png(lineage, references, f"Progress of {about}", measure),
     }
     if best.evaluation.block_sparsities and Group.parse(best.algorithm.group).sparsity is None:
         others = _seeds_with_allocation(lineage, best)

@@ -79,6 +79,12 @@ def combined(summary: dict) -> str:
     return summary["config"]["target"]["combine"] if summary.get("cases") else ""
 
 
+def measure_text(summary: dict) -> str:
+    """What a candidate's fitness is, as a perplexity."""
+    among = f" × dense, {combined(summary)} of all cases," if summary.get("cases") else ""
+    return f"perplexity{among} on the fitness split"
+
+
 def headers(summary: dict) -> list[str]:
     measure = f"ppl_token@{summary['context']}"
     if summary.get("cases"):

@@ -164,7 +164,7 @@ class Panel {
         "Fresh text",
         perplexityText(fresh),
         " ",
-        small("perplexity on text that no generation saw"),
+        small(`perplexity${times ? ", × dense," : ""} on text that no generation saw`),
         make("br"),
         ...within(fresh, node.fresh_error, node.fresh_windows),
       );

@@ -16,6 +16,7 @@ from autoprune.actors.messages import Evaluation
 from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
+from autoprune.pipeline import plots
 from autoprune.pipeline.lineage import Candidate, Lineage
 from autoprune.pipeline.plots import gain_band
 from autoprune.pipeline.population import read_score
@@ -255,6 +256,17 @@ def test_the_band_about_the_best_is_two_paired_errors_of_its_gain(lineage):
     assert high == pytest.approx(math.exp(best.fitness + 2 * error)) and high > low
     alone = perplexity(rival.fitness)
     assert gain_band([rival]) == [(alone, alone)], "a seed against itself"
+
+
+def test_pictures_say_what_fitness_is_of_several_cases(lineage, tmp_path, monkeypatch):
+    labels = []
+    monkeypatch.setattr(plots, "_png", lambda figure: labels.extend(a.get_ylabel() for a in figure.axes) or b"")
+    cases = {"cases": [{"name": "a to 50%", "report_nll": {"dense": 3.0}}]}
+    cases |= {"config": {"seed": 0, "target": {"combine": "worst"}}}
+    for more, measure in (({}, "perplexity on"), (cases, "perplexity × dense, worst of all cases, on")):
+        labels.clear()
+        write_report(tmp_path, lineage, with_more(lineage, **more))
+        assert labels.count(f"{measure} the fitness split (log scale)") == 2
 
 
 def test_what_blocks_cost_and_what_was_refuted_is_told(lineage, tmp_path):
