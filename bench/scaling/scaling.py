@@ -20,7 +20,7 @@ from pathlib import Path
 
 from autoprune.actors.dispatch import Dispatch, depth
 
-SHORTEST, LONGEST = 0.05, 0.5  # seconds at each shard
+LONGEST = 0.5  # seconds at each shard; the shortest is a tenth of it
 JOBS = 400  # per replica
 
 
@@ -48,14 +48,14 @@ def sleeper() -> type:
     return Sleeper
 
 
-def durations(count: int, seed: int) -> list[float]:
+def durations(count: int, seed: int, longest: float) -> list[float]:
     """Tenfold different, evenly in their logarithm."""
     rng = random.Random(seed)
-    return [SHORTEST * (LONGEST / SHORTEST) ** rng.random() for _ in range(count)]
+    return [longest * 10 ** (rng.random() - 1) for _ in range(count)]
 
 
-def measure(shards: int, replicas: int, jobs: int) -> dict:
-    """One pool, `jobs` candidates per replica."""
+def measure(shards: int, replicas: int, jobs: int, longest: float) -> dict:
+    """One pool, `jobs` candidates per replica, of at most `longest` seconds at each shard."""
     import torch
 
     from autoprune.actors.placement import ActorResources
@@ -82,7 +82,7 @@ def measure(shards: int, replicas: int, jobs: int) -> dict:
         attempts=3,
         resources=ActorResources(0.001, 0, "cpu"),
     )
-    work = durations(jobs * replicas, shards * replicas)
+    work = durations(jobs * replicas, shards * replicas, longest)
     pool = Pool(plan, actor=sleeper())
     pool.start()
     began, busy = time.monotonic(), time.process_time()
@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("what", choices=["measure", "simulate"])
     parser.add_argument("journal", type=Path, nargs="?")
     parser.add_argument("--jobs", type=int, default=JOBS, help="candidates per replica")
+    parser.add_argument("--longest", type=float, default=LONGEST, help="seconds at each shard; the shortest is a tenth")
     options = parser.parse_args()
     if options.what == "simulate":
         print(paper(options.journal))
@@ -160,7 +161,7 @@ def main() -> None:
     print("| actors | shards | candidates | seconds | efficiency | simulated | driver, ms per call |")
     print("|---:|---:|---:|---:|---:|---:|---:|")
     for shards, replicas in ((1, 1), (4, 1), (4, 4), (4, 16)):
-        row = measure(shards, replicas, options.jobs)
+        row = measure(shards, replicas, options.jobs, options.longest)
         print(
             f"| {row['actors']} | {row['shards']} | {row['candidates']} | {row['seconds']:.1f} | "
             f"{row['efficiency']:.3f} | {row['simulated']:.3f} | {row['driver_ms_per_call']:.2f} |",
