@@ -16,6 +16,29 @@ from autoprune.models.pruning import native_dtype
 DEATHS = 3  # so often may an engine die without having answered anything between, or a request lose its engine
 
 
+def prompt_ids(tokenizer, messages: Messages) -> list[int]:
+    """Tokens of a conversation up to where the answer begins. As tokens, since vLLM would put a second beginning of
+    text before the one of a template.
+
+    A template that takes no system text has it before the user's first; a base model, which has no template, is given
+    the texts, and continues them.
+    """
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        return tokenizer("".join(f"{text}\n\n" for _, text in messages)).input_ids
+    settings = {"tokenize": False, "add_generation_prompt": True}
+    try:
+        text = tokenizer.apply_chat_template(chat(messages), **settings)
+    except TemplateError:
+        if messages[0][0] != "system":
+            raise
+        (_, instructions), (role, first), *others = messages
+        joined = ((role, f"{instructions}\n\n{first}"), *others)
+        text = tokenizer.apply_chat_template(chat(joined), **settings)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
 class VllmEngine:
     """The body of the Ray actor: one vLLM `AsyncLLM`. The engine is seeded, not the requests: a seed per request
     together with chunked prefill kills vLLM's CPU engine, and the search's journal makes runs reproducible anyway."""
@@ -44,7 +67,7 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-        prompt = self.tokenizer.apply_chat_template(chat(request.messages), tokenize=False, add_generation_prompt=True)
+        prompt = {"prompt_token_ids": prompt_ids(self.tokenizer, request.messages)}
         parameters = SamplingParams(
             n=request.n,
             temperature=request.temperature,
@@ -221,8 +244,7 @@ class VllmGenerator:
         self._actors[number], self._started[number] = self._make(number)
 
     def count(self, messages: Messages) -> int:
-        text = self._tokenizer.apply_chat_template(chat(messages), tokenize=False, add_generation_prompt=True)
-        return len(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return len(prompt_ids(self._tokenizer, messages))
 
     def stop(self) -> None:
         """End the actors; their guards end the engines' processes."""

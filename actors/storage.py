@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import pyarrow
 from pyarrow import fs
@@ -48,16 +48,18 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def below(uri: str, name: str) -> str:
-    """A folder of this name in that of a URI, whose options behind a question mark stay behind it."""
-    folder, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
-    return f"{folder.rstrip('/')}/{name}{mark}{options}"
+    """A folder of this name in that of a URI, whose options behind a question mark stay behind it, or of a path."""
+    if "://" not in uri:
+        return f"{uri.rstrip('/')}/{name}"
+    folder, mark, options = uri.partition("?")
+    return f"{folder.rstrip('/')}/{quote(name)}{mark}{options}"
 
 
 def _with_keys(uri: str, found: fs.S3FileSystem) -> fs.S3FileSystem:
     """With the keys that the environment holds now: by itself it reads them at every request, and evaluators take them
     out of theirs."""
     key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
-    if not key or not secret or "@" in uri:
+    if not key or not secret or "@" in urlsplit(uri).netloc:
         return found
     given = dict(parse_qsl(urlsplit(uri).query))
     options = {name: given[name] for name in ("endpoint_override", "scheme") if name in given}

@@ -18,6 +18,7 @@ from autoprune.algorithms.answers import SALVAGES
 from autoprune.models.export import SIDECAR
 from autoprune.pipeline.asking import prune_command
 from autoprune.pipeline.config import Config
+from autoprune.pipeline.config_reading import setting
 from autoprune.pipeline.gcot import VERSION
 from autoprune.pipeline.ledger import REPORT
 from autoprune.pipeline.lineage import STATUSES, paired_difference
@@ -75,6 +76,7 @@ def conclude(
     written = [c for c in search.lineage if c.operator not in ("seed", "tune")]
     counts = {status: sum(c.status == status for c in written) for status in STATUSES}
     spent = search.spend()
+    again = setting("name", f"{config.name}-again")
     summary = {
         "name": config.name,
         "config": config.to_dict(),
@@ -129,7 +131,7 @@ def conclude(
         "mlflow": ui[0],
         "mlflow_run": ui[1],
         "prune_command": prune_command(config, str(folder / "best.py"), f"pruned-{best.id}"),
-        "command": shlex.join(["autoprune", "search", str(folder / CONFIG_FILE), "--set", f"name={config.name}-again"]),
+        "command": shlex.join(["autoprune", "search", str(folder / CONFIG_FILE), "--set", again]),
     }
     artifacts = write_report(folder, search.lineage, summary)
     reports = {metric_name(row["method"]): row["report_nll"] for row in table}

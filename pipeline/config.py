@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 import typing
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,12 @@ class Target:
     @property
     def cases(self) -> tuple[str, ...]:
         """What fitness is of, for people, where it is of several."""
-        return tuple(f"{Path(case.model).name} to {case.goal}" for case in self.every) if self.further else ()
+        if not self.further:
+            return ()
+        # Two organisations may have a model of one name.
+        names = Counter(Path(model).name for model in {case.model for case in self.every})
+        shown = {c.model: c.model if names[Path(c.model).name] > 1 else Path(c.model).name for c in self.every}
+        return tuple(f"{shown[case.model]} to {case.goal}" for case in self.every)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import types
@@ -30,6 +31,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def setting(key: str, text: str) -> str:
+    """`key=text` for `--set`, where it is read as YAML: in quotes if it would be a number, a date or two things."""
+    try:
+        same = yaml.load(text, _Loader) == text
+    except yaml.YAMLError:
+        same = False
+    return f"{key}={text if same else json.dumps(text, ensure_ascii=False)}"
 
 
 def read_config(cls: type, path: Path, overrides: typing.Sequence[str] = ()) -> Any:

@@ -146,7 +146,9 @@ def settled(config: Config) -> Config:
     target = replace(config.target, dtype=native_dtype(config.target.dtype), model=model, further=further)
     writer = config.generator
     own = config.target.model if writer.model == SELF else writer.model
-    writer = replace(writer, model=absolute(own), answers=absolute(writer.answers))
+    # What a server calls its model may be the name of a folder here.
+    own = own if writer.kind == "openai" else absolute(own)
+    writer = replace(writer, model=own, answers=absolute(writer.answers))
     data = replace(config.data, **{name: absolute(getattr(config.data, name)) for name in SPLITS})
     read = read_by_seeds(config)
     offered = config.search.statistics
@@ -171,7 +173,8 @@ def read_by_seeds(config: Config) -> frozenset[str]:
 
 def absolute(name: str) -> str:
     """A path that exists here as an absolute one; any other name, and the slice after a path, as they are."""
-    path, bracket, rest = name.partition("[")
+    # A folder's own name may have a bracket.
+    path, bracket, rest = (name, "", "") if Path(name).exists() else name.partition("[")
     if path in CATALOGUE:
         return name
     return f"{Path(path).resolve()}{bracket}{rest}" if path and Path(path).exists() else name

@@ -4,6 +4,7 @@ weights."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,8 @@ from autoprune.pipeline.run_folder import MODEL
 from autoprune.pipeline.tracking import quiet_mlflow
 
 NAME = "pruned"  # of the logged model in its run
+# A server that hands gigabytes on to a bucket answers only then; a search must not wait for it so long.
+PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3600", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
 
 
 def register(folder: Path, name: str = "") -> str:
@@ -25,6 +28,16 @@ def register(folder: Path, name: str = "") -> str:
     again as another version, and not copied twice. Raises InputError where the run is not finished, or MLflow has lost
     it.
     """
+    before = dict(os.environ)
+    os.environ.update(PATIENT | {name: before[name] for name in PATIENT.keys() & before.keys()})
+    try:
+        return _register(folder, name)
+    finally:
+        for setting in PATIENT.keys() - before.keys():
+            del os.environ[setting]
+
+
+def _register(folder: Path, name: str) -> str:
     try:
         summary = json.loads((folder / "report.json").read_text())
         memory = json.loads((folder / MEMORY).read_text())

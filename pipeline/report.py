@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
+from rich.text import Text
 
 from autoprune.actors.storage import write_atomic
 from autoprune.algorithms.algorithm import Algorithm, Group
@@ -37,9 +38,10 @@ from autoprune.pipeline.wording import (
 
 def table(summary: dict) -> Table:
     """The methods with their perplexities, dense first, the best found in bold."""
-    result = Table(title=f"{summary['target']} pruned to {goal(summary)} ({summary['dtype']}, mask only)")
+    title = f"{summary['target']} pruned to {goal(summary)} ({summary['dtype']}, mask only)"
+    result = Table(title=Text(title))  # a folder's name may have brackets, which are no markup
     for index, header in enumerate(headers(summary)):
-        result.add_column(header, justify="left" if index < 2 else "right")
+        result.add_column(header, justify="left" if index < 2 else "right", overflow="fold")
     for row in rows(summary):
         result.add_row(*cells(row), style="bold" if row["method"] == "best found" else None)
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def _latest_run() -> str:
 def search(options: argparse.Namespace) -> int:
     from autoprune.models.errors import InputError, Lost, TakenOver
     from autoprune.pipeline.config import load_config
+    from autoprune.pipeline.config_reading import setting
     from autoprune.pipeline.launch import Stopped, run_search
     from autoprune.pipeline.run_folder import begun
 
@@ -49,7 +51,7 @@ def search(options: argparse.Namespace) -> int:
             resume = _latest_run()
         # The run may have been moved, or be named from another folder: it is where it was found.
         folder = _run_folder(resume).resolve()
-        place = [f"name={folder.name}", f"runs={folder.parent}"]
+        place = [setting("name", folder.name), setting("runs", str(folder.parent))]
         config = load_config(options.config or folder / "config.yaml", [*options.set, *place])
     elif options.config is None:
         raise InputError("nothing to search: give a CONFIG.yaml, such as configs/demo.yaml, or --resume RUN")
@@ -59,14 +61,15 @@ def search(options: argparse.Namespace) -> int:
     from autoprune.pipeline.progress import ConsoleProgress
 
     progress = ConsoleProgress()
+    again = shlex.join(["autoprune", "search", "--resume", str(config.folder)])
     try:
         folder = run_search(config, bool(resume), progress)
     except Lost as error:
         if isinstance(error, TakenOver) or not config.folder.exists():  # it had not begun
             raise
-        raise Lost(f"{error}; go on with: autoprune search --resume {config.folder}") from error
+        raise Lost(f"{error}; go on with: {again}") from error
     except Stopped as stopped:
-        progress.say(f"stopped by {stopped}; go on with: autoprune search --resume {config.folder}")
+        progress.say(f"stopped by {stopped}; go on with: {again}")
         return 143 if str(stopped) == "SIGTERM" else 130
     _print_report(folder)
     return 0
@@ -105,7 +108,8 @@ def compare(options: argparse.Namespace) -> int:
     try:
         run = run_comparison(config, progress.say)
     except Stopped as stopped:
-        progress.say(f"stopped by {stopped}; go on with: autoprune compare {config.folder / CONFIG_FILE}")
+        again = shlex.join(["autoprune", "compare", str(config.folder / CONFIG_FILE)])
+        progress.say(f"stopped by {stopped}; go on with: {again}")
         return 143 if str(stopped) == "SIGTERM" else 130
     folder = run.config.folder
     print((folder / "results.md").read_text(), end="")

@@ -8,8 +8,9 @@ from tiny import save_chat_model
 
 from autoprune.actors.messages import Request
 from autoprune.actors.placement import ActorResources
-from autoprune.actors.serving import VllmGenerator
+from autoprune.actors.serving import VllmGenerator, prompt_ids
 from autoprune.models.errors import InputError, Lost
+from autoprune.models.loading import load_tokenizer
 
 
 def engine() -> type:
@@ -82,6 +83,27 @@ def test_several_engines_share_the_prompts_and_answers_stay_in_order(make):
         ["4 by 0", "5 by 0"],
     ]
     assert generator.count((("user", "abc"),)) > 0
+
+
+@pytest.mark.parametrize(
+    "template, expected",
+    [
+        ("{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}", "!<system>s<user>u"),
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+            "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}",
+            "<user>s\n\nu",
+        ),
+        (None, "s\n\nu\n\n"),
+    ],
+)
+def test_prompts_of_every_kind_of_template(tmp_path, template, expected):
+    """A beginning of text once, where the template writes one; models without system texts, and base models."""
+    tokenizer = load_tokenizer(save_chat_model(tmp_path))
+    tokenizer.add_special_tokens({"bos_token": "!"})
+    tokenizer.chat_template = template
+    ids = prompt_ids(tokenizer, (("system", "s"), ("user", "u")))
+    assert tokenizer.decode(ids) == expected
 
 
 @pytest.mark.parametrize("trouble, word", [("d", "Actor"), ("h", "Timeout")])

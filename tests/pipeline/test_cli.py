@@ -17,6 +17,8 @@ from searches import command, run
 
 from autoprune.actors.metrics import GAUGES
 from autoprune.pipeline.cli import main
+from autoprune.pipeline.config import load_config
+from autoprune.pipeline.config_reading import setting
 from autoprune.pipeline.ledger import Spent
 from autoprune.pipeline.progress import ConsoleProgress
 from autoprune.pipeline.run_folder import locked
@@ -124,6 +126,15 @@ def test_a_cluster_that_is_not_there_is_said_at_once_and_leaves_no_run_folder(co
     line = "autoprune: no Ray cluster at 127.0.0.1:9 (RAY_ADDRESS): start it, or unset RAY_ADDRESS"
     assert (done.returncode, done.stderr.strip()) == (1, line)
     assert not (tmp_path / "runs" / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["2026-05-01", "70", "yes", "llama #2", "llama: 60%", "it's", 'a "b"', "plain"])
+def test_a_runs_name_stays_a_text_whatever_yaml_would_read(tmp_path, name):
+    (tmp_path / "config.yaml").write_text("name: other\n")
+    again = [setting("name", name), setting("runs", str(tmp_path / name))]
+    config = load_config(tmp_path / "config.yaml", again)
+    assert (config.name, config.runs) == (name, str(tmp_path / name))
+    assert setting("name", "plain") == "name=plain"
 
 
 def test_a_damaged_run_is_refused_before_anything_starts(capsys, config, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from local import LocalEvaluator, SilentProgress, local_search, small_config, without_clock
 
-from autoprune.actors.storage import Storage
+from autoprune.actors.storage import Storage, below
 from autoprune.models.errors import InputError, TakenOver
 from autoprune.pipeline.mirror import Mirror, fetch
 from autoprune.pipeline.search import Search
@@ -209,3 +209,10 @@ def test_a_folder_of_a_storage_is_read_and_written_as_files(storage):
         assert not (folder / "facts").exists()
     storage.delete("state/big", "state/never")
     assert storage.names() == ["state/facts"] and storage.read("state/big") is None
+
+
+@pytest.mark.parametrize("name", ["Llama 3.1 8B", "modèle", "m#1", "a?b", "60%", "[x]/actors/y"])
+def test_any_name_is_a_folder_of_a_uri(tmp_path, name):
+    assert Storage(below(tmp_path.as_uri(), name)).local == tmp_path / name
+    assert below("s3://bucket/a/?region=x", "b") == "s3://bucket/a/b?region=x"
+    assert below(str(tmp_path), name) == str(tmp_path / name)

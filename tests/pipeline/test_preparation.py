@@ -2,7 +2,8 @@
 
 import pytest
 
-from autoprune.pipeline.preparation import spread
+from autoprune.pipeline.config import Config, Generator, Target
+from autoprune.pipeline.preparation import absolute, settled, spread
 
 
 @pytest.mark.parametrize("windows, fitness, fresh", [(500, 8, 16), (40, 8, 8), (24, 8, 16), (100, 4, 1), (9, 8, 8)])
@@ -16,3 +17,15 @@ def test_both_kinds_lie_over_the_whole_and_apart(windows, fitness, fresh):
 
 def test_too_little_text_leaves_nothing_fresh():
     assert spread(8, 8, 8)[1] == [] and spread(5, 8, 8)[1] == []
+
+
+def test_a_folders_name_may_have_a_bracket_and_a_servers_model_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model [8B] v1.0", "served"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "my.jsonl").touch()
+    assert absolute("model [8B] v1.0/") == str(tmp_path / "model [8B] v1.0")
+    assert absolute("my.jsonl[0:4]") == f"{tmp_path / 'my.jsonl'}[0:4]" and absolute("org/name") == "org/name"
+    for kind, model in (("openai", "served"), ("vllm", str(tmp_path / "served"))):
+        config = settled(Config(target=Target("served"), generator=Generator(kind=kind, model="served")))
+        assert config.target.model == str(tmp_path / "served") and config.generator.model == model

@@ -339,6 +339,15 @@ def test_table_in_the_terminal(lineage):
     assert "22.20" in text and "pruned to 60%" in text
 
 
+def test_the_table_loses_no_letter_of_a_long_name_and_takes_brackets_for_text(lineage):
+    summary = made_up_summary(lineage) | {"target": "models [/old]/tiny"}
+    summary["table"][1]["method"] = "wanda+sdsa:depth=0,m=0.54,tau=3.2,taylor=0.5625"
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(summary))
+    text = console.export_text()
+    assert "models [/old]/tiny pruned to 60%" in text and "…" not in text
+
+
 def test_print_report_says_where_everything_is(report, monkeypatch):
     folder = report[0]
     monkeypatch.chdir(folder.parent)

@@ -10,7 +10,7 @@ from local import local_search, small_config
 from autoprune.actors.messages import Evaluation
 from autoprune.models.errors import InputError, Lost
 from autoprune.pipeline.asking import reasoning_lines
-from autoprune.pipeline.config import Further, check_config, load_config
+from autoprune.pipeline.config import Further, Target, check_config, load_config
 from autoprune.pipeline.screening import subset_nll
 from autoprune.pipeline.targets import Case, Cases, combine
 from autoprune.pipeline.wording import perplexity_text
@@ -120,6 +120,11 @@ def test_a_search_over_two_sparsities(tmp_path, evaluator, how, monkeypatch):
     monkeypatch.setitem(evaluator.dense, "fitness", other)  # nats above the dense model would still be 0 for it
     with pytest.raises(InputError, match="cannot go on"):
         local_search(tmp_path, cases, config)
+
+
+def test_models_of_one_name_are_told_apart():
+    target = Target("org/tiny", further=(Further("other/tiny"), Further("other/large", 0.5)))
+    assert target.cases == ("org/tiny to 60%", "other/tiny to 60%", "large to 50%")
 
 
 def test_cases_are_read_from_a_configuration(tmp_path):
