@@ -21,9 +21,9 @@ ARCHITECTURES = Path(__file__).parent / "architectures"  # of models that are la
 
 
 def known_config(name: str) -> PretrainedConfig:
-    """Of a bundled model, a folder, a model in ARCHITECTURES, or one of the hub, of which only the configuration is
-    fetched. Raises InputError as `resolve_model`."""
-    stored = ARCHITECTURES / f"{name.replace('/', '--')}.json"
+    """Of a bundled model, a folder, a model in ARCHITECTURES at any revision, or one of the hub, of which only the
+    configuration is fetched. Raises InputError as `resolve_model`."""
+    stored = ARCHITECTURES / f"{name.partition('@')[0].replace('/', '--')}.json"
     if stored.is_file():
         return load_config(stored)
     match = HUB_MODEL.fullmatch(name)
@@ -34,19 +34,20 @@ def known_config(name: str) -> PretrainedConfig:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on the device of one shard. weights: its blocks, with embedding and head where it holds them. gradients:
-    root mean squares, fp32, where algorithms read them. states: hidden states that are kept or on their way. work: what
-    the largest step takes for a moment. host: in the CPU's memory beside it, at most."""
+    """Bytes of one shard. On the device: weights: its blocks, with embedding and head where it holds them. states:
+    hidden states that are kept or on their way. work: what the largest step takes for a moment. In the CPU's memory
+    beside it: gradients: root mean squares, fp32, where algorithms read them. host: all else, at most."""
 
     weights: int
-    gradients: int
     states: int
     work: int
+    gradients: int
     host: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.states + self.work
+        """On the device."""
+        return self.weights + self.states + self.work
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Workload:
 @dataclass(frozen=True)
 class ModelSizes:
     """Of a model: bytes of each block, of embedding, head, and what is in every shard; prunable weights of each block;
-    (rows, columns) of its largest matrix; the inputs that its layers have; and its widths."""
+    of them at most so many in tensors that hold several experts; (rows, columns) of its largest matrix; elements of the
+    Gram matrices of a block's layers, at most; the inputs that its layers have; and its widths."""
 
     blocks: tuple[int, ...]
     embedding: int
@@ -70,7 +72,9 @@ class ModelSizes:
     tied: bool
     rest: int
     prunable: tuple[int, ...]
+    fused: int
     largest: tuple[int, int]
+    grams: int
     inputs: frozenset[int]
     hidden: int
     inner: int
@@ -108,7 +112,9 @@ def model_sizes(config: PretrainedConfig, name: str, dtype: str) -> ModelSizes:
         tied=tied,
         rest=max(0, rest),
         prunable=tuple(sum(layer.weight.numel() for layer in block) for block in layers),
+        fused=max(sum(one.weight.numel() for one in block if one.expert is not None) for block in layers),
         largest=max(shapes, key=math.prod),
+        grams=max(sum(layer.weight.shape[1] ** 2 for layer in block) for block in layers),
         inputs=frozenset(columns for _, columns in shapes),
         hidden=text.hidden_size,
         inner=max(max(shape) for shape in shapes),
@@ -148,14 +154,23 @@ def footprint(sizes: ModelSizes, start: int, stop: int, load: Workload) -> Footp
     states = 2 * max(load.windows) * window  # what enters a block and what leaves it
     calibrating = 2 * load.windows[0] * window
     kept = PROFILE_WINDOWS * len(load.windows) * (stop - start) * load.context * sizes.hidden * 2  # bf16
-    gradients = 0
+    attention = WINDOWS_AT_ONCE * load.context * (4 * sizes.inner + 8 * sizes.hidden) * sizes.element
+    block = max(sizes.prunable[start:stop])
+    gradients = backward = means = 0
     if "g_rms" in load.statistics:
         gradients = 4 * sum(sizes.prunable[start:stop])
         calibrating += GRADIENT_WINDOWS * window * (stop - start)  # what entered each block, until it is gone through
+        # Sums of squares, fp32, of a block and of the one before; gradients of two windows, beside those of an expert;
+        # and one window's graph, about twice what its forward pass takes.
+        backward = (2 * 4 + 2 * sizes.element) * block + sizes.element * sizes.fused + 2 * attention // WINDOWS_AT_ONCE
+        means = 2 * 4 * block  # of a block and of the one before
     rows, columns = sizes.largest
-    score = 4 * 4 * rows * columns  # the weight in fp32, its score, what the score is made of, and the mask
-    attention = WINDOWS_AT_ONCE * load.context * (4 * sizes.inner + 8 * sizes.hidden) * sizes.element
+    # A layer's weight in fp32, its score, what the score is made of, and the mask.
+    score = 4 * (5 if gradients else 4) * rows * columns
+    # A pruned block lies beside the dense one; experts that share a tensor are gathered in another.
+    pruned = (4 if "gram" in load.statistics else sizes.element) * block + sizes.element * sizes.fused
     logits = last * 3 * 4 * load.context * sizes.vocabulary
-    grams = 2 * 4 * columns**2 if load.statistics & GRAM_READERS else 0
-    host = grams + 2 * max(load.windows) * window
-    return Footprint(weights, gradients, max(states, calibrating) + kept, max(score, attention, logits), host)
+    grams = 2 * 4 * sizes.grams if load.statistics & GRAM_READERS else 0  # with their factors
+    host = max(grams, means) + 2 * max(load.windows) * window
+    work = max(score + pruned, attention + pruned, logits, backward)
+    return Footprint(weights, max(states, calibrating) + kept, work, gradients, host)

@@ -97,16 +97,19 @@ def _add_evaluators(
         return
     largest = _largest(sizes, evaluators.shards, load)
     room = gpus * gpu_gib * GIB if gpu_gib else None
+    parts = {"weights": largest.weights, "states": largest.states, "work": largest.work}
+    if not gpu_gib:
+        parts["gradients"] = largest.gradients
     found.actors.append(
         {
             "who": f"evaluator shard of {model}",
             "count": evaluators.shards * evaluators.replicas,
             "gpus": gpus if gpu_gib else 0.0,
             "cpus": 0.0 if gpu_gib else float(evaluators.threads),
-            "parts": _parts(largest),
-            "total": largest.total,
+            "parts": parts,
+            "total": sum(parts.values()),
             "room": room,
-            "host": WORKER + largest.host + (0 if gpu_gib else largest.total),
+            "host": WORKER + largest.host + largest.gradients + (0 if gpu_gib else largest.total),
         }
     )
     if room is not None and largest.total > 0.95 * room:
@@ -133,10 +136,6 @@ def _largest(sizes: ModelSizes, shards: int, load: Workload) -> Footprint:
     return max(found, key=lambda one: one.total)
 
 
-def _parts(one: Footprint) -> dict[str, int]:
-    return {"weights": one.weights, "gradients": one.gradients, "states": one.states, "work": one.work}
-
-
 def _add_engines(found: Plan, config: Config, gpu_gib: float) -> None:
     writer = config.generator
     name = config.target.model if writer.model == SELF else writer.model
@@ -158,7 +157,7 @@ def _add_engines(found: Plan, config: Config, gpu_gib: float) -> None:
     row = {"who": f"vLLM engine with {name}", "count": writer.engines, "gpus": gpus, "cpus": 0.0, "parts": parts}
     if at_a_time < sequences:
         row["note"] = f" for {at_a_time} of {sequences} answers at a time"
-    host = WORKER * 2 + (0 if gpu_gib else total)
+    host = WORKER * 2 + ((weights if writer.sleeps else 0) if gpu_gib else total)  # asleep, weights are there
     found.actors.append(row | {"total": total, "room": room, "host": host, "parameters": sizes.parameters})
     if room is not None and weights + cache / sequences > room:
         needed = f"{(weights + cache / sequences) / GIB:.0f} GiB, and it has {room / GIB:.0f}"

@@ -93,7 +93,7 @@ def test_what_a_shipped_configuration_says_of_itself_is_what_plan_says(name):
 
 
 def test_what_does_not_fit_is_said_with_what_would(capsys):
-    command = ["plan", str(CONFIGS / "mixtral-8x7b.yaml"), "--gpu-memory", "80", "--set", "evaluators.shards=2"]
+    command = ["plan", str(CONFIGS / "mixtral-8x7b.yaml"), "--gpu-memory", "80", "--set", "evaluators.shards=1"]
     assert main(command) == 1
     text = capsys.readouterr().out
     assert "does not fit: a shard of mistralai/Mixtral-8x7B-v0.1 needs" in text
@@ -103,13 +103,31 @@ def test_what_does_not_fit_is_said_with_what_would(capsys):
     assert main([*command[:-1], f"evaluators.shards={needed - 1}"]) == 1
 
 
+def test_what_a_sleeping_engine_held_lies_beside_the_gpu():
+    """Engines sleep by giving their weights to the CPU's memory; on CPUs none sleeps."""
+    path = CONFIGS / "llama-2-7b.yaml"
+    asleep, awake = (load_config(path, [f"generator.sleeps={sleeps}"]) for sleeps in ("true", "false"))
+    found = plan(asleep, 80.0)
+    engine = next(row for row in found.actors if "vLLM" in row["who"])
+    assert found.host_bytes - plan(awake, 80.0).host_bytes == engine["parts"]["weights"]
+    assert plan(asleep, 0).host_bytes == plan(awake, 0).host_bytes
+
+
+def test_gradients_count_as_memory_of_the_host_whatever_the_device():
+    config = load_config(CONFIGS / "llama-2-7b.yaml", ["target.dtype=bfloat16"])
+    on_gpu, on_cpu = (plan(config, gib).actors[0] for gib in (80.0, 0))
+    assert "gradients" not in on_gpu["parts"] and on_gpu["host"] > on_cpu["parts"]["gradients"] > 20 * 2**30
+    assert on_cpu["total"] == on_gpu["total"] + on_cpu["parts"]["gradients"]
+    assert on_cpu["host"] == on_gpu["host"] + on_gpu["total"], "each once"
+
+
 def test_what_does_not_fit_beside_an_engine_is_said_with_what_the_gpus_that_there_are_can_hold(capsys):
-    command = ["plan", str(CONFIGS / "llama-3.1-8b.yaml"), "--gpu-memory", "80"]
-    assert main(command) == 1
+    command = ["plan", str(CONFIGS / "llama-3.1-8b.yaml"), "--gpu-memory", "80", "--set"]
+    assert main([*command, "data.context=8192"]) == 1
     text = capsys.readouterr().out
     assert "evaluators.shards=2 would fit, which takes 0.74 GPU for each of 2;" in text
     context = re.search(r"data.context=(\d+) would fit on the GPUs that there are", text)[1]
-    assert main([*command, "--set", f"data.context={context}"]) == 0
+    assert main([*command, f"data.context={context}"]) == 0
     engine = next(line for line in capsys.readouterr().out.splitlines() if "vLLM engine" in line)
     total, room, cache, some, all_ = map(
         float, re.search(r": ([\d.]+) GiB of ([\d.]+) GiB .*cache ([\d.]+) for (\d+) of (\d+) answers", engine).groups()
