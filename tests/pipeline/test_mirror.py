@@ -216,3 +216,13 @@ def test_any_name_is_a_folder_of_a_uri(tmp_path, name):
     assert Storage(below(tmp_path.as_uri(), name)).local == tmp_path / name
     assert below("s3://bucket/a/?region=x", "b") == "s3://bucket/a/b?region=x"
     assert below(str(tmp_path), name) == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("uri, key", [("s3://bucket/model@main", "mine"), ("s3://its:secret@bucket/a", "its")])
+def test_keys_of_the_environment_are_kept_where_the_uri_has_none(monkeypatch, uri, key):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    opened = Storage(f"{uri}?region=x")
+    monkeypatch.undo()
+    _, (options,) = opened._fs.__reduce__()
+    assert options["access_key"] == key
