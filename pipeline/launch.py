@@ -22,7 +22,7 @@ from autoprune.pipeline.config import Config
 from autoprune.pipeline.gcot import VERSION
 from autoprune.pipeline.ledger import JOURNAL
 from autoprune.pipeline.mirror import Mirror
-from autoprune.pipeline.preparation import SPLITS, Prepared, place_of, pool_plan, prepare_all, settled
+from autoprune.pipeline.preparation import ACTORS, SPLITS, Prepared, place_of, pool_plan, prepare_all, settled
 from autoprune.pipeline.progress import ConsoleProgress
 from autoprune.pipeline.run_folder import MODEL, open_folder
 from autoprune.pipeline.search import Search
@@ -47,7 +47,7 @@ def run_search(config: Config, resume: bool, progress: ConsoleProgress) -> Path:
     prepared = prepare_all(config)
     generator = _prepare_generator(config, progress)
     folder = config.folder
-    check_space(folder, checkpoint_bytes(prepared[config.target.model].folder))
+    check_space(folder, checkpoint_bytes(prepared[config.target.model].folder) + _kept_bytes(config, prepared))
     mirror = Mirror(Storage(place_of(config)), progress.say, folder) if config.storage else None
     with ExitStack() as held:
         open_folder(folder, config, resume, held)
@@ -59,6 +59,14 @@ def run_search(config: Config, resume: bool, progress: ConsoleProgress) -> Path:
             if not resume and not (folder / JOURNAL).exists():
                 shutil.rmtree(folder)
             raise
+
+
+def _kept_bytes(config: Config, prepared: dict[str, Prepared]) -> int:
+    """What evaluators will keep in the run folder, but for sums that are small beside it: a gradient, fp32, for each
+    weight that can be pruned."""
+    if config.storage or (config.folder / ACTORS).exists() or "g_rms" not in config.search.statistics:
+        return 0
+    return sum(4 * sum(one.sizes.prunable) for one in prepared.values())
 
 
 def _prepare_generator(config: Config, progress: ConsoleProgress):

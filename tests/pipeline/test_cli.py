@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from searches import command, run
 
 from autoprune.actors.metrics import GAUGES
+from autoprune.models.errors import InputError
 from autoprune.pipeline.cli import main
 from autoprune.pipeline.config import load_config
 from autoprune.pipeline.config_reading import setting
@@ -126,6 +128,18 @@ def test_a_cluster_that_is_not_there_is_said_at_once_and_leaves_no_run_folder(co
     line = "autoprune: no Ray cluster at 127.0.0.1:9 (RAY_ADDRESS): start it, or unset RAY_ADDRESS"
     assert (done.returncode, done.stderr.strip()) == (1, line)
     assert not (tmp_path / "runs" / "run").exists()
+
+
+def test_a_disk_without_room_for_what_evaluators_keep_is_said_before_anything_starts(capsys, config, monkeypatch):
+    def opened(*_):
+        raise InputError("there is room")
+
+    disk = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=50_300_000))  # the model has 0.2 MB
+    monkeypatch.setattr("autoprune.pipeline.launch.open_folder", opened)
+    assert "there is room" in refused(capsys, "search", config, "--set", "search.statistics=[x_norm]")
+    gradients = refused(capsys, "search", config, "--set", "search.statistics=[x_norm, g_rms]")
+    assert "50 MB free and 50 MB are needed: free some space" in gradients
 
 
 @pytest.mark.parametrize("name", ["2026-05-01", "70", "yes", "llama #2", "llama: 60%", "it's", 'a "b"', "plain"])
