@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,22 +125,26 @@ class EvaluatorShard:
             return Probe(str(error))
         return Probe(None, result.mask, result.mask_hash)
 
-    def export(self, file: Path, algorithm: Algorithm, sparsities: Sparsities) -> tuple[dict[str, dict], bool]:
-        """Write this shard's part of the pruned model: to `file`, where this machine sees the driver's folder, which is
-        what the second value says; else to a file of its own, until `part` has handed it over."""
-        seen = self._sees(file.parent)
+    def export(self, files: list[Path], algorithm: Algorithm, sparsities: Sparsities) -> tuple[dict[str, dict], bool]:
+        """Write this shard's part of the pruned model: to `files`, where this machine sees the driver's folder, which
+        is what the second value says; else to files of its own, until `part` has handed them over."""
+        seen = self._sees(files[0].parent)
         if not seen:
-            self._part = Path(tempfile.mkdtemp(prefix="autoprune-")) / file.name
-        return self.shard.export([file if seen else self._part], algorithm, self._own(sparsities)), seen
+            self._parts = Path(tempfile.mkdtemp(prefix="autoprune-"))
+        own = files if seen else [self._parts / file.name for file in files]
+        return self.shard.export(own, algorithm, self._own(sparsities)), seen
 
-    def part(self) -> Iterator[bytes]:
-        """The file that `export` wrote, piece by piece; it is gone afterwards."""
+    def part(self, name: str) -> Iterator[bytes]:
+        """A file that `export` wrote, piece by piece; it is gone afterwards."""
+        path = self._parts / name
         try:
-            with open(self._part, "rb") as file:
+            with open(path, "rb") as file:
                 while piece := file.read(PIECE):
                     yield piece
         finally:
-            shutil.rmtree(self._part.parent)
+            path.unlink()
+            if not any(self._parts.iterdir()):
+                self._parts.rmdir()
 
     def _sees(self, folder: Path) -> bool:
         return folder.is_dir()

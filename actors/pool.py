@@ -25,8 +25,9 @@ from autoprune.algorithms.algorithm import Algorithm, Sparsities
 from autoprune.algorithms.allocation import AllocationError
 from autoprune.algorithms.profiles import BlockProfile
 from autoprune.algorithms.statistics import NotFiniteError
+from autoprune.models.checkpoint_files import checkpoint_bytes
 from autoprune.models.errors import InputError, Lost
-from autoprune.models.export import export
+from autoprune.models.export import export, part_count
 from autoprune.models.loading import resolve_model
 from autoprune.models.masking import planned_sparsities
 from autoprune.models.shard import ShardReport
@@ -370,20 +371,27 @@ class EvaluatorPool:
         planned = self._planned(replica, algorithm, plan.sparsity)
         sparsities = ray.get(planned, timeout=patience) if isinstance(planned, ray.ObjectRef) else planned
 
+        source = resolve_model(plan.model)
+        per_block = checkpoint_bytes(source) / plan.bounds[-1][1]
+        counts = [part_count(int(per_block * (stop - start)), stop - start) for start, stop in plan.bounds]
+
         def write(paths: list[Path]) -> list[dict[str, dict]]:
-            parts = list(zip(replica.actors, paths, strict=True))
-            calls = [actor.export.remote(path, algorithm, sparsities) for actor, path in parts]
+            rest = iter(paths)
+            parts = [
+                (actor, list(itertools.islice(rest, count)))
+                for actor, count in zip(replica.actors, counts, strict=True)
+            ]
+            calls = [actor.export.remote(files, algorithm, sparsities) for actor, files in parts]
             try:
                 made = ray.get(calls, timeout=patience)
-                for (actor, path), (_, written) in zip(parts, made, strict=True):
-                    if not written:
-                        _fetch(actor, path, patience)
+                for (actor, files), (_, written) in zip(parts, made, strict=True):
+                    for file in () if written else files:
+                        _fetch(actor, file, patience)
             except ray.exceptions.RayTaskError as error:  # as an OSError it would seem to be this machine's disk
                 raise _PartLost(last_line(error)) from error
             return [layers for layers, _ in made]
 
-        source = resolve_model(plan.model)
-        return export(source, out, plan.shards, write, algorithm, plan.sparsity, sparsities, details)
+        return export(source, out, sum(counts), write, algorithm, plan.sparsity, sparsities, details)
 
 
 class _PartLost(Exception):
@@ -393,7 +401,7 @@ class _PartLost(Exception):
 def _fetch(actor, path: Path, patience: float) -> None:
     """What an evaluator on a machine that does not see the folder made of its part, a few pieces ahead. patience:
     seconds for each."""
-    pieces = actor.part.options(num_returns="streaming", _generator_backpressure_num_objects=4).remote()
+    pieces = actor.part.options(num_returns="streaming", _generator_backpressure_num_objects=4).remote(path.name)
     with open(path, "wb") as file:
         while ray.wait([pieces], timeout=patience)[0]:
             piece = next(pieces, None)

@@ -16,6 +16,7 @@ from autoprune.actors.pool import EvaluatorPool
 from autoprune.actors.replica import PoolPlan, Replica
 from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.algorithms.written import WRITTEN_ALLOCATIONS
+from autoprune.models.checkpoint_files import checkpoint_bytes
 from autoprune.models.errors import Lost
 from autoprune.models.masking import planned_sparsities
 from autoprune.models.shard import ModelShard
@@ -308,7 +309,10 @@ def test_probes_run_in_evaluators(pool):
     assert bad.error and not bad.mask
 
 
-def test_machines_that_share_no_folder_hand_their_parts_over(tiny_model, tmp_path):
+def test_machines_that_share_no_folder_hand_their_parts_over(tiny_model, tmp_path, monkeypatch):
+    """Each shard two files, since none may be larger than memory."""
+    monkeypatch.setattr("autoprune.models.export.PART_BYTES", checkpoint_bytes(tiny_model) / 3)
+
     def elsewhere() -> type:
         class Elsewhere(EvaluatorShard):
             def __init__(self, *arguments, **options):
@@ -327,7 +331,7 @@ def test_machines_that_share_no_folder_hand_their_parts_over(tiny_model, tmp_pat
         pool = make_pool(tiny_model, actor)
         sidecar = pool.export(tmp_path / name, JOBS[1], {"candidate": "c"})
         kept = ray.get(
-            [one.__ray_call__.remote(lambda self: str(getattr(self, "_part", ""))) for one in pool._replicas[0].actors]
+            [one.__ray_call__.remote(lambda self: str(getattr(self, "_parts", ""))) for one in pool._replicas[0].actors]
         )
         assert not any(Path(path).exists() for path in kept if path), "a copy stayed behind"
         assert any(kept) == (name == "apart")
@@ -335,4 +339,4 @@ def test_machines_that_share_no_folder_hand_their_parts_over(tiny_model, tmp_pat
         files = sorted(path.name for path in (tmp_path / name).iterdir())
         parts.append((sidecar, {file: (tmp_path / name / file).read_bytes() for file in files}))
     assert parts[0] == parts[1]
-    assert sum(name.endswith(".safetensors") for name in parts[0][1]) == 2
+    assert sum(name.endswith(".safetensors") for name in parts[0][1]) == 4

@@ -84,7 +84,7 @@ class PoolHere(EvaluatorPool):
         planned = planned_sparsities(algorithm, self._profiles, self.plan.sparsity)
 
         def write(paths):
-            return [self._shard.export(paths[0], algorithm, planned)[0]]
+            return [self._shard.export([paths[0]], algorithm, planned)[0]]
 
         source = resolve_model(self.plan.model)
         return export(source, out, 1, write, algorithm, self.plan.sparsity, planned, details)

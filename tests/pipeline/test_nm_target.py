@@ -59,7 +59,7 @@ class Pool(LocalEvaluator):
 
         def write(paths):
             pairs = zip(self._shards, paths, strict=True)
-            return [shard.export(path, algorithm, sparsities)[0] for shard, path in pairs]
+            return [shard.export([path], algorithm, sparsities)[0] for shard, path in pairs]
 
         return export(self.folder, out, len(self._shards), write, algorithm, self._sparsity, sparsities, details)
 
