@@ -28,12 +28,12 @@ def register(folder: Path, name: str = "") -> str:
     again as another version, and not copied twice. Raises InputError where the run is not finished, or MLflow has lost
     it.
     """
-    before = dict(os.environ)
-    os.environ.update(PATIENT | {name: before[name] for name in PATIENT.keys() & before.keys()})
+    added = {setting: value for setting, value in PATIENT.items() if setting not in os.environ}
+    os.environ.update(added)
     try:
         return _register(folder, name)
     finally:
-        for setting in PATIENT.keys() - before.keys():
+        for setting in added:
             del os.environ[setting]
 
 
