@@ -130,10 +130,7 @@ def reserve(layout: Layout, limit: float, say: Callable[[str], None]) -> Reserva
 
     Tells what is still missing whenever that changes. Raises InputError with it after `limit` seconds.
     """
-    engine, evaluator = layout.resources()
-    engines = [Neighbours(1, engine) if engine.bundle() else None for _ in range(layout.engines)]
-    replicas = [Neighbours(layout.shards, evaluator) for _ in range(layout.replicas)]
-    found, began, told = Reservation(engine, evaluator, engines, replicas), time.monotonic(), ""
+    found, began, told = _asked(layout, layout.resources()), time.monotonic(), ""
     try:
         while missing := _missing(found):
             if time.monotonic() - began > limit:
@@ -146,10 +143,23 @@ def reserve(layout: Layout, limit: float, say: Callable[[str], None]) -> Reserva
                 say(f"waiting for the cluster: {missing}")
                 told = missing
             time.sleep(min(POLL if waited else POLL / 10, limit / 10))
+            # A node that fell silent is counted for some seconds: shares of it are no longer to be had.
+            if (now := layout.resources()) != (found.engine, found.evaluator):
+                found.free()
+                found = _asked(layout, now)
     except BaseException:
         found.free()
         raise
     return found
+
+
+def _asked(layout: Layout, resources: tuple[ActorResources, ActorResources]) -> Reservation:
+    """Places that Ray is asked for; what each engine and each evaluator reserves."""
+    engine, evaluator = resources
+    engines = [Neighbours(1, engine) if engine.bundle() else None for _ in range(layout.engines)]
+    return Reservation(
+        engine, evaluator, engines, [Neighbours(layout.shards, evaluator) for _ in range(layout.replicas)]
+    )
 
 
 def _missing(places: Reservation) -> str:

@@ -22,6 +22,7 @@ from autoprune.actors.dispatch import Dispatch, depth
 
 LONGEST = 0.5  # seconds at each shard; the shortest is a tenth of it
 JOBS = 400  # per replica
+SETUPS = ((1, 1), (4, 1), (4, 4), (4, 16))  # shards, replicas
 
 
 def sleeper() -> type:
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("journal", type=Path, nargs="?")
     parser.add_argument("--jobs", type=int, default=JOBS, help="candidates per replica")
     parser.add_argument("--longest", type=float, default=LONGEST, help="seconds at each shard; the shortest is a tenth")
+    parser.add_argument("--actors", type=int, nargs="+", default=[s * r for s, r in SETUPS], help="of these set-ups")
     options = parser.parse_args()
     if options.what == "simulate":
         print(paper(options.journal))
@@ -162,7 +164,9 @@ def main() -> None:
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     print("| actors | shards | candidates | seconds | efficiency | simulated | dispatch, ms per call | whole driver |")
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for shards, replicas in ((1, 1), (4, 1), (4, 4), (4, 16)):
+    for shards, replicas in SETUPS:
+        if shards * replicas not in options.actors:
+            continue
         row = measure(shards, replicas, options.jobs, options.longest)
         print(
             f"| {row['actors']} | {row['shards']} | {row['candidates']} | {row['seconds']:.1f} | "

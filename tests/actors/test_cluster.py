@@ -101,6 +101,19 @@ def test_without_gpus_every_machine_has_room():
     """)
 
 
+def test_shares_are_worked_out_anew_when_a_node_turns_out_to_be_gone():
+    """Ray counts the resources of a node that fell silent for some seconds: those who start meanwhile would ask for
+    what nobody has."""
+    run("""
+    made = cluster((1, 0), (1, 0))
+    made.remove_node(made.list_all_nodes()[1], allow_graceful=False)
+    assert ray.cluster_resources()["CPU"] == 2, "Ray has noticed at once, and this test tests nothing"
+    places = reserve(Layout(shards=2, replicas=1, threads=1), 90.0, print)
+    assert places.evaluator.num_cpus == 0.5, places.evaluator
+    assert len(where(places.replicas[0], 2, places.evaluator)) == 2
+    """)
+
+
 def test_by_default_all_actors_have_equal_shares_of_the_gpus():
     run("""
     made = cluster((2, 4))
