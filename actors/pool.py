@@ -81,18 +81,21 @@ class EvaluatorPool:
         waiting, looked, began = list(range(self.plan.replicas)), set(), time.monotonic()
         while waiting:
             for index in list(waiting):
+                trouble = None
                 try:
                     state = self._replicas[index].advance(LOOK / len(waiting))
-                    if state == "waiting" and time.monotonic() - began > START * self.plan.deadline:
-                        raise ray.exceptions.GetTimeoutError(f"not ready within {START * self.plan.deadline:g} s")
                 except ray.exceptions.RayError as error:
-                    reason = self._unusable(error)
+                    if unusable := self._unusable(error):
+                        raise unusable from error
+                    trouble = last_line(error)
+                if not trouble and state == "waiting" and time.monotonic() - began > START * self.plan.deadline:
+                    trouble = f"not ready within {START * self.plan.deadline:g} s"
+                    if waiting == [index] and not self._digest:
+                        raise Lost(f"no evaluator could be started ({trouble})")
+                if trouble:
                     waiting.remove(index)  # the others begin without it
-                    if isinstance(reason, InputError) or not (waiting or self._digest):
-                        raise reason from error
-                    self._renew(index, last_line(error))
-                    continue
-                if state == "ready":
+                    self._renew(index, trouble)
+                elif state == "ready":
                     waiting.remove(index)
                     if not self._welcome(index):
                         self._renew(index, OTHER)
@@ -101,11 +104,13 @@ class EvaluatorPool:
                     self._replicas[index].take_up()
                 elif state == "bare" and (self._digest or not self.plan.state or index == waiting[0]):
                     self._replicas[index].calibrate(self._digest)
+        self._in_service()  # where all are lost meanwhile, with their node perhaps, they begin anew
         for split, evaluation in self.dense.items():
             if evaluation.error:
                 raise InputError(f"the dense model measures no likelihood on {split}: try target.dtype=float32")
 
-    def _unusable(self, error: Exception) -> Exception:
+    def _unusable(self, error: Exception) -> InputError | None:
+        """What makes it useless to try once more, in words for the user."""
         cause = getattr(error, "cause", None)
         if isinstance(cause, NotFiniteError):
             return InputError(f"{last_line(cause)}: {self.plan.dtype} overflows; try target.dtype=bfloat16")
@@ -113,9 +118,7 @@ class EvaluatorPool:
             return InputError(last_line(cause))
         # What a constructor raised comes as text.
         unusable = re.search(r"InputError: (.*)", str(error)) if getattr(error, "actor_init_failed", False) else None
-        if unusable:
-            return InputError(unusable[1])
-        return Lost(f"the evaluators could not start ({last_line(error)})")
+        return InputError(unusable[1]) if unusable else None
 
     def _welcome(self, index: int) -> bool:
         """Take a replica that is ready into service, if it shows the digests of the others."""
@@ -162,7 +165,7 @@ class EvaluatorPool:
                 trouble = last_line(error)
             others = [self._starting.get(other) for other in range(len(self._replicas))]
             if trouble and all(other and other.tries >= STARTS for other in others):
-                raise Lost(f"an evaluator could not be replaced, {start.tries} times ({trouble})")
+                raise Lost(f"no evaluator could be started, after {start.tries} tries ({trouble})")
             # Often in a row: not at once again, which would be all that the driver does.
             if trouble and (start.tries < STARTS or time.monotonic() - start.began > self.plan.deadline):
                 self._renew(index, trouble)

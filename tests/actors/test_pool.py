@@ -267,7 +267,7 @@ def test_an_evaluator_that_comes_back_with_another_model_gets_no_work(tiny_model
     monkeypatch.setattr(two, "_digest", ["other"])
     for replica in two._replicas:
         ray.kill(replica.actors[0])
-    with pytest.raises(Lost, match="could not be replaced, 3 times .*it came with another model"):
+    with pytest.raises(Lost, match="no evaluator could be started, after 3 tries .*it came with another model"):
         dict(two.evaluate(JOBS))
     assert sum("another model" in line for line in said) >= 2
     monkeypatch.undo()

@@ -100,7 +100,7 @@ def test_one_replica_that_stays_away_is_no_reason_to_give_up_another_that_restar
     assert pool._look_after() == []
     pool._replicas[1] = Scripted(DIED())
     pool._starting[1].tries = STARTS
-    with pytest.raises(Lost, match="could not be replaced"):
+    with pytest.raises(Lost, match="no evaluator could be started"):
         pool._look_after()
 
 
@@ -109,8 +109,22 @@ def test_any_replica_may_be_the_first(started, state):
     well = Scripted("bare", "ready")
     pool = started(Scripted(DIED(), "waiting"), well, state=state)
     assert well.calibrated == [[]] and list(pool._starting) == [0] and set(pool.dense) == {"fitness", "report"}
-    with pytest.raises(Lost, match="could not start"):
+    with pytest.raises(Lost, match="no evaluator could be started, after 3 tries"):
         started(Scripted(DIED()), Scripted(DIED()))
+
+
+def test_replicas_that_are_all_lost_while_they_start_begin_anew(started):
+    """As when their node is lost."""
+    first = Scripted(DIED(), "bare", "ready")
+    pool = started(first, Scripted(DIED(), "waiting"))
+    assert first.starts == 2 and first.calibrated == [[]] and list(pool._starting) == [1] and pool.dense
+
+
+def test_a_start_that_hangs_everywhere_ends_and_one_that_hangs_in_one_place_does_not(started, monkeypatch):
+    monkeypatch.setattr("autoprune.actors.pool.START", 0)
+    with pytest.raises(Lost, match="no evaluator could be started .not ready within 0 s"):
+        started(Scripted("waiting"))
+    assert started(Scripted("waiting"), Scripted("ready")).dense
 
 
 def test_what_a_later_replica_learns_for_itself_is_kept_only_if_it_is_the_same(started):
