@@ -16,6 +16,10 @@ IN_FLIGHT = 3
 # What the end of a replica counts against a candidate that seems to have no part in it, where one that it may have
 # caused counts 1: it may take its whole node down.
 BLAMELESS = 1 / 8
+# Seconds from one try to start an actor to the next one, where it fails again and again: together more than Ray takes
+# to see that a node is gone, to which it sends new actors until then.
+PAUSES = (0.0, 15.0, 75.0)
+TRIES = len(PAUSES) + 1  # so often may it fail in a row, where no other one is left to work
 
 
 def depth(shards: int) -> int:

@@ -62,7 +62,7 @@ class Layout:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = int(sum(node.get("GPU", 0) for node in nodes))
         actors = self.shards * self.replicas
-        if not gpus and not self.gpus_per_shard and not self.gpus_per_engine:
+        if not gpus and not self.gpus_per_shard and not self.gpus_per_engine and self.tensor_parallel == 1:
             share = equal_share(actors, [node.get("CPU", 0) / self.threads for node in nodes])
             return ActorResources(0, 0, "cpu"), ActorResources(share * self.threads, 0, "cpu")
         engine = max(self.gpus_per_engine, float(self.tensor_parallel) if self.tensor_parallel > 1 else 0.0)
@@ -130,6 +130,7 @@ def reserve(layout: Layout, limit: float, say: Callable[[str], None]) -> Reserva
 
     Tells what is still missing whenever that changes. Raises InputError with it after `limit` seconds.
     """
+    there = _there()
     found, began, told = _asked(layout, layout.resources()), time.monotonic(), ""
     try:
         while missing := _missing(found):
@@ -143,14 +144,21 @@ def reserve(layout: Layout, limit: float, say: Callable[[str], None]) -> Reserva
                 say(f"waiting for the cluster: {missing}")
                 told = missing
             time.sleep(min(POLL if waited else POLL / 10, limit / 10))
-            # A node that fell silent is counted for some seconds: shares of it are no longer to be had.
-            if (now := layout.resources()) != (found.engine, found.evaluator):
+            # A node that fell silent is counted for some seconds: shares of it are no longer to be had. Where the
+            # cluster grows, what was asked for stays asked for.
+            if any(_there()[name] < amount for name, amount in there.items()):
+                there = _there()
                 found.free()
-                found = _asked(layout, now)
+                found = _asked(layout, layout.resources())
     except BaseException:
         found.free()
         raise
     return found
+
+
+def _there() -> dict[str, float]:
+    """CPUs and GPUs of the cluster."""
+    return {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
 
 
 def _asked(layout: Layout, resources: tuple[ActorResources, ActorResources]) -> Reservation:
@@ -169,10 +177,9 @@ def _missing(places: Reservation) -> str:
     if not engines and not replicas:
         return ""
     parts = [(engines, len(places.engines), "generators"), (replicas, len(places.replicas), "replicas of evaluators")]
-    have = ray.cluster_resources()
-    there = ", ".join(f"{have.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
+    have = ", ".join(f"{amount:g} {name}s" for name, amount in _there().items())
     nodes = sum(node["Alive"] for node in ray.nodes())
     waiting = ", ".join(f"{n} of {of} {what}" for n, of, what in parts if n)
     each = places.evaluator.bundle() if replicas else places.engine.bundle()
     needs = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
-    return f"no place for {waiting}, of {needs} an actor; {nodes} nodes have {there}"
+    return f"no place for {waiting}, of {needs} an actor; {nodes} nodes have {have}"

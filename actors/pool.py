@@ -16,7 +16,7 @@ from pathlib import Path
 
 import ray
 
-from autoprune.actors.dispatch import BLAMELESS, Dispatch, depth
+from autoprune.actors.dispatch import BLAMELESS, PAUSES, TRIES, Dispatch, depth
 from autoprune.actors.evaluator import EvaluatorShard
 from autoprune.actors.messages import Evaluation, Probe, last_line
 from autoprune.actors.placement import Neighbours
@@ -33,7 +33,6 @@ from autoprune.models.masking import planned_sparsities
 from autoprune.models.shard import ShardReport
 
 START = 10  # a replica may take so many deadlines to load, calibrate and measure the dense model
-STARTS = 3  # so often may making a replica anew fail in a row, where no other one is left to work on
 OTHER = "it came with another model, or other statistics"
 CONTROL = Algorithm("def score(W):\n    return W.abs()\n")  # brings down no evaluator that is well
 LOOK = 1.0  # seconds between two looks at actors of which nothing is heard
@@ -78,7 +77,9 @@ class EvaluatorPool:
         self._replicas = [Replica(self.plan, self._tokens, places, self._actor) for places in self._places]
         for replica in self._replicas:
             replica.start()
-        waiting, looked, began = list(range(self.plan.replicas)), set(), time.monotonic()
+        waiting, looked = list(range(self.plan.replicas)), set()
+        began = [time.monotonic()] * self.plan.replicas  # what it does now
+        first = None  # who learns for all, if what it learns is kept
         while waiting:
             for index in list(waiting):
                 trouble = None
@@ -88,21 +89,28 @@ class EvaluatorPool:
                     if unusable := self._unusable(error):
                         raise unusable from error
                     trouble = last_line(error)
-                if not trouble and state == "waiting" and time.monotonic() - began > START * self.plan.deadline:
+                late = time.monotonic() - began[index]
+                if not trouble and state == "waiting" and late > START * self.plan.deadline:
                     trouble = f"not ready within {START * self.plan.deadline:g} s"
                     if waiting == [index] and not self._digest:
                         raise Lost(f"no evaluator could be started ({trouble})")
                 if trouble:
                     waiting.remove(index)  # the others begin without it
+                    first = None if first == index else first
                     self._renew(index, trouble)
                 elif state == "ready":
                     waiting.remove(index)
                     if not self._welcome(index):
                         self._renew(index, OTHER)
+                elif state == "waiting" and self._digest and late > self.plan.deadline:
+                    waiting.remove(index)  # the others begin, and it may come later
+                    self._starting[index] = _Start(began[index])
                 elif state == "bare" and self._digest and self.plan.state and index not in looked:
                     looked.add(index)  # the first one has kept what it learned
+                    began[index] = time.monotonic()
                     self._replicas[index].take_up()
-                elif state == "bare" and (self._digest or not self.plan.state or index == waiting[0]):
+                elif state == "bare" and (self._digest or not self.plan.state or first in (None, index)):
+                    first, began[index] = index, time.monotonic()
                     self._replicas[index].calibrate(self._digest)
         self._in_service()  # where all are lost meanwhile, with their node perhaps, they begin anew
         for split, evaluation in self.dense.items():
@@ -144,7 +152,7 @@ class EvaluatorPool:
     def _look_after(self, timeout: float = 0.0) -> list[int]:
         """Go on with making replicas anew, for `timeout` seconds at most; returns those that are in service again.
 
-        Raises Lost where none is in service and all have failed STARTS times in a row.
+        Raises Lost where none is in service and all have failed TRIES times in a row.
         """
         back = []
         for index, start in list(self._starting.items()):
@@ -164,11 +172,15 @@ class EvaluatorPool:
             except ray.exceptions.RayError as error:
                 trouble = last_line(error)
             others = [self._starting.get(other) for other in range(len(self._replicas))]
-            if trouble and all(other and other.tries >= STARTS for other in others):
+            if trouble and all(other and other.tries >= TRIES for other in others):
                 raise Lost(f"no evaluator could be started, after {start.tries} tries ({trouble})")
-            # Often in a row: not at once again, which would be all that the driver does.
-            if trouble and (start.tries < STARTS or time.monotonic() - start.began > self.plan.deadline):
+            if not trouble:
+                continue
+            pause = PAUSES[start.tries - 1] if start.tries < TRIES else max(self.plan.deadline, PAUSES[-1])
+            if time.monotonic() - start.began >= pause:
                 self._renew(index, trouble)
+            else:
+                time.sleep(timeout)
         return back
 
     def _in_service(self) -> list[Replica]:

@@ -171,9 +171,10 @@ def split_windows(splits: Mapping[str, torch.Tensor], name: str) -> torch.Tensor
 
 
 # What Ray says of an actor that went away for a reason in which no candidate has a part, and what it raises there: a
-# node is gone, or out of reach; its disk or its object store is full.
-BLAMELESS_WORDS = ("ray.kill", "node has died", "node is dead", "preempted")
+# node is gone, or out of reach, which is all that is known of it at first; its disk or its object store is full.
+BLAMELESS_WORDS = ("ray.kill", "node has died", "node is dead", "preempted", "The actor never ran")
 BLAMELESS_ERRORS = (
+    ray.exceptions.ActorUnavailableError,
     ray.exceptions.NodeDiedError,
     ray.exceptions.ObjectLostError,
     ray.exceptions.ObjectFetchTimedOutError,

@@ -7,13 +7,15 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
+from autoprune.actors.dispatch import BLAMELESS, PAUSES, TRIES
 from autoprune.actors.guard import guard_session
 from autoprune.actors.messages import Answer, Messages, Request, chat, last_line
+from autoprune.actors.replica import blameless
 from autoprune.models.errors import InputError, Lost
 from autoprune.models.loading import load_tokenizer, resolve_model
 from autoprune.models.pruning import native_dtype
 
-DEATHS = 3  # so often may an engine die without having answered anything between, or a request lose its engine
+DEATHS = 3  # so often may a request lose its engine
 
 
 def prompt_ids(tokenizer, messages: Messages) -> list[int]:
@@ -62,6 +64,8 @@ class VllmEngine:
         )
         self.tokenizer = self.engine.get_tokenizer()
         self.served = 0
+        if options.get("enable_sleep_mode"):
+            await self.sleep()  # until it is to write: evaluators have its memory
 
     async def complete(self, request: Request) -> list[Answer]:
         from vllm import SamplingParams
@@ -131,15 +135,15 @@ class VllmGenerator:
         self._environment = environment
         self._tokenizer = load_tokenizer(resolve_model(model))
         self._deaths = [0] * len(self._places)  # since the last answer
-        self._actors, self._started = [], []
+        self._began = [0.0] * len(self._places)  # when the engine was made
+        self._actors, self._started = [None] * len(self._places), [None] * len(self._places)
         for number in range(len(self._places)):
-            actor, started = self._make(number)
-            self._actors.append(actor)
-            self._started.append(started)
+            self._make(number)
 
-    def _make(self, number: int) -> tuple:
+    def _make(self, number: int) -> None:
         import ray
 
+        self._began[number] = time.monotonic()
         resources, place = self._resources, self._places[number]
         actor = (
             ray.remote(self._class)
@@ -152,29 +156,39 @@ class VllmGenerator:
             .remote()
         )
         seed = self._options.get("seed", 0) + number  # or all engines would write the same
-        return actor, actor.start.remote({"model": self.model, **self._options, "seed": seed})
+        self._actors[number] = actor
+        self._started[number] = actor.start.remote({"model": self.model, **self._options, "seed": seed})
 
     def wait(self) -> None:
-        """Block until the engines serve. Raises InputError when they cannot serve the model with these options."""
+        """Block until an engine serves. Raises InputError when one cannot serve the model with these options."""
         import ray
 
-        try:
-            ray.get(self._started, timeout=self._deadline)
-        except ray.exceptions.RayError as error:
-            raise InputError(f"vLLM cannot serve {self.model} ({last_line(error)}): check generator.*") from error
+        for started in list(self._started):
+            try:
+                ray.get(started, timeout=self._deadline)
+            except ray.exceptions.RayTaskError as error:
+                raise InputError(f"vLLM cannot serve {self.model} ({last_line(error)}): check generator.*") from error
+            except ray.exceptions.RayError:
+                continue  # it is gone, or late: `_serving` has it made anew
+        self._serving()
 
     def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
-        """Answers per request. Raises Lost when every engine died DEATHS times without an answer between, or engines
-        died so often with the same request."""
+        """Answers per request. Raises Lost when every engine died TRIES times without an answer between, or engines
+        died DEATHS times with the same request."""
         import ray
 
         answers: dict[int, list[Answer]] = {}
-        lost = [0] * len(requests)
+        lost = [0.0] * len(requests)
         while len(answers) < len(requests):
             left = [index for index in range(len(requests)) if index not in answers]
             dead: dict[int, Exception] = {}
             serving = self._serving()
-            self._call("wake_up", serving)
+            asleep = self._call("wake_up", serving)
+            for number, error in asleep.items():
+                self._replace(number, error)
+            serving = [number for number in serving if number not in asleep]
+            if not serving:
+                continue
             began = time.monotonic()
             calls = [
                 (index, number, self._actors[number].complete.remote(requests[index]))
@@ -186,7 +200,7 @@ class VllmGenerator:
                     self._deaths[number] = 0
                 except ray.exceptions.RayError as error:
                     dead[number] = error
-                    lost[index] += 1
+                    lost[index] += BLAMELESS if blameless(error) else 1
             for number, error in dead.items():
                 self._replace(number, error, max(lost) >= DEATHS)
         for number, error in self._call("sleep", self._serving()).items():
@@ -197,28 +211,32 @@ class VllmGenerator:
         """Engines that have started, at least one: waits for it. Those that could not start are made anew."""
         import ray
 
-        began = time.monotonic()
         while True:
-            ready, _ = ray.wait(self._started, num_returns=len(self._started), timeout=0)
-            serving, late = [], time.monotonic() - began > self._deadline
+            serving = []
             for number, started in enumerate(self._started):
+                age = time.monotonic() - self._began[number]
                 try:
-                    if started in ready:
+                    if started is None:
+                        # Often in a row: not at once again.
+                        if age >= PAUSES[min(self._deaths[number], len(PAUSES)) - 1]:
+                            self._make(number)
+                    elif ray.wait([started], timeout=0)[0]:
                         ray.get(started)
                         serving.append(number)
-                    elif late:
+                    elif age > self._deadline:
                         raise ray.exceptions.GetTimeoutError(f"not started within {self._deadline:g} s")
                 except ray.exceptions.RayError as error:
                     self._replace(number, error)
             if serving:
                 return serving
-            if late:
-                began = time.monotonic()
-            ray.wait(self._started, timeout=min(self._deadline, 1.0))
+            starting = [started for started in self._started if started is not None]
+            if starting:
+                ray.wait(starting, timeout=min(self._deadline, 1.0))
+            else:
+                time.sleep(0.1)
 
     def _call(self, method: str, numbers: Sequence[int]) -> dict[int, Exception]:
-        """Of these engines, if they take turns. Returns those that failed; before requests, these say whose end it
-        was."""
+        """Of these engines, if they take turns. Returns those that failed."""
         import ray
 
         failed: dict[int, Exception] = {}
@@ -231,17 +249,17 @@ class VllmGenerator:
         return failed
 
     def _replace(self, number: int, error: Exception, hopeless: bool = False) -> None:
-        """Make an engine anew; `_serving` waits for it where there is no other. hopeless: it would be in vain."""
+        """End an engine; `_serving` has it made anew. hopeless: it would be in vain."""
         import ray
 
         if self._stopped:
             raise Lost(f"vLLM was stopped while it served {self.model}") from error
         self._deaths[number] += 1
-        if hopeless or min(self._deaths) >= DEATHS:
+        if hopeless or min(self._deaths) >= TRIES:
             raise Lost(f"vLLM stopped serving {self.model} ({last_line(error)})") from error
         self._report(f"vLLM is started again ({last_line(error)}); what it had not answered is asked again")
         ray.kill(self._actors[number])
-        self._actors[number], self._started[number] = self._make(number)
+        self._started[number] = None
 
     def count(self, messages: Messages) -> int:
         return len(prompt_ids(self._tokenizer, messages))

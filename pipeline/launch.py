@@ -213,6 +213,9 @@ def _run(
         if settings.kind == "vllm":
             progress.say(f"starting vLLM with {settings.model} ({places.engine})")
             generator = start_vllm(config, places, progress.say)
+            if 0 < places.engine.num_gpus < 1:
+                # vLLM takes for its own whatever of a GPU is used while it loads.
+                generator.wait()
         for model, pool in pools.items():
             progress.say(
                 f"starting {evaluators.replicas} × {evaluators.shards} evaluators for {model} ({places.evaluator})"
@@ -221,7 +224,7 @@ def _run(
             dense = ", ".join(f"{name} {pool.dense[name].nll:.4f}" for name in SPLITS[1:])
             progress.say(f"dense: {dense} nats per token")
         if settings.kind == "vllm":
-            generator.wait()  # it loaded while the evaluators measured the dense model
+            generator.wait()  # it may have loaded while the evaluators measured the dense model
         evaluator = _evaluator(config, pools)
         status = Status(
             folder,

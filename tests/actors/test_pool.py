@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 
+from autoprune.actors.dispatch import TRIES
 from autoprune.actors.evaluator import EvaluatorShard
 from autoprune.actors.placement import ActorResources
 from autoprune.actors.pool import EvaluatorPool
@@ -265,12 +266,14 @@ def test_an_evaluator_that_comes_back_with_another_model_gets_no_work(tiny_model
     said = []
     monkeypatch.setattr(two, "_report", said.append)
     monkeypatch.setattr(two, "_digest", ["other"])
+    monkeypatch.setattr("autoprune.actors.pool.PAUSES", (0.0,) * (TRIES - 1))
     for replica in two._replicas:
         ray.kill(replica.actors[0])
-    with pytest.raises(Lost, match="no evaluator could be started, after 3 tries .*it came with another model"):
+    with pytest.raises(Lost, match="no evaluator could be started, after 4 tries .*it came with another model"):
         dict(two.evaluate(JOBS))
     assert sum("another model" in line for line in said) >= 2
     monkeypatch.undo()
+    monkeypatch.setattr("autoprune.actors.pool.PAUSES", (0.0,) * (TRIES - 1))
     assert len(dict(two.evaluate(JOBS))) == len(JOBS)
 
 

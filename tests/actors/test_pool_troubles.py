@@ -7,9 +7,10 @@ import pytest
 import ray
 import torch
 
+from autoprune.actors.dispatch import TRIES
 from autoprune.actors.messages import Evaluation
 from autoprune.actors.placement import ActorResources
-from autoprune.actors.pool import CONTROL, STARTS, EvaluatorPool, _Start
+from autoprune.actors.pool import CONTROL, EvaluatorPool, _Start
 from autoprune.actors.replica import PoolPlan
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.models.errors import InputError, Lost
@@ -72,10 +73,9 @@ def make(*replicas, **changes) -> Pool:
         splits={"calibration": text, "fitness": text, "report": text.repeat(4, 1)},
         statistics=frozenset(),
         features=frozenset(),
-        deadline=60.0,
         attempts=2,
         resources=ActorResources(0.0, 0, "cpu"),
-        **{"model": "none", **changes},
+        **{"model": "none", "deadline": 60.0, **changes},
     )
     pool = Pool(plan)
     pool._replicas = list(replicas)
@@ -83,7 +83,12 @@ def make(*replicas, **changes) -> Pool:
 
 
 @pytest.fixture
-def started(cluster, monkeypatch):
+def hasty(monkeypatch):
+    monkeypatch.setattr("autoprune.actors.pool.PAUSES", (0.0,) * (TRIES - 1))
+
+
+@pytest.fixture
+def started(cluster, hasty, monkeypatch):
     def start(*replicas, **changes):
         left = list(replicas)
         monkeypatch.setattr("autoprune.actors.pool.Replica", lambda *_: left.pop(0))
@@ -96,10 +101,10 @@ def started(cluster, monkeypatch):
 
 def test_one_replica_that_stays_away_is_no_reason_to_give_up_another_that_restarts():
     pool = make(Scripted(DIED()), Scripted("waiting"))
-    pool._starting = {0: _Start(time.monotonic(), STARTS), 1: _Start(time.monotonic())}
+    pool._starting = {0: _Start(time.monotonic(), TRIES), 1: _Start(time.monotonic())}
     assert pool._look_after() == []
     pool._replicas[1] = Scripted(DIED())
-    pool._starting[1].tries = STARTS
+    pool._starting[1].tries = TRIES
     with pytest.raises(Lost, match="no evaluator could be started"):
         pool._look_after()
 
@@ -109,7 +114,7 @@ def test_any_replica_may_be_the_first(started, state):
     well = Scripted("bare", "ready")
     pool = started(Scripted(DIED(), "waiting"), well, state=state)
     assert well.calibrated == [[]] and list(pool._starting) == [0] and set(pool.dense) == {"fitness", "report"}
-    with pytest.raises(Lost, match="no evaluator could be started, after 3 tries"):
+    with pytest.raises(Lost, match="no evaluator could be started, after 4 tries"):
         started(Scripted(DIED()), Scripted(DIED()))
 
 
@@ -125,6 +130,30 @@ def test_a_start_that_hangs_everywhere_ends_and_one_that_hangs_in_one_place_does
     with pytest.raises(Lost, match="no evaluator could be started .not ready within 0 s"):
         started(Scripted("waiting"))
     assert started(Scripted("waiting"), Scripted("ready")).dense
+    monkeypatch.undo()
+
+
+def test_who_is_bare_first_learns_for_all_and_a_straggler_keeps_nobody_waiting(started):
+    straggler, well = Scripted("waiting"), Scripted("bare", "waiting", "ready")
+    pool = started(straggler, well, state="kept", deadline=0.5)
+    assert well.calibrated == [[]] and list(pool._starting) == [0] and straggler.starts == 1 and pool.dense
+    straggler.states = ["ready"]
+    assert pool._look_after() == [0]
+
+
+def test_tries_to_start_last_longer_than_ray_needs_to_see_that_a_node_is_gone(started, monkeypatch):
+    """Until then it sends new actors there, and they fail at once."""
+    now = [0.0]
+    monkeypatch.undo()
+    monkeypatch.setattr("autoprune.actors.pool.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("autoprune.actors.pool.time.sleep", lambda seconds: now.__setitem__(0, now[0] + 1.0))
+    gone = Scripted(DIED())
+    pool = make(gone)
+    pool._starting = {0: _Start(0.0)}
+    with pytest.raises(Lost, match="no evaluator could be started"):
+        while True:
+            pool._look_after(1.0)
+    assert gone.starts == TRIES - 1 and now[0] > 80
 
 
 def test_what_a_later_replica_learns_for_itself_is_kept_only_if_it_is_the_same(started):

@@ -17,7 +17,8 @@ def engine() -> type:
     """Within a function, so that it travels to the actors by value."""
 
     class Troubled:
-        """Fails as often as its file has letters: d(ies), h(angs) or f(ails to start), one letter each time."""
+        """Fails as often as its file has letters: d(ies), h(angs), does not w(ake up) or f(ails to start), one letter
+        each time."""
 
         async def start(self, options):
             self.file, self.seed = options["file"], options["seed"]
@@ -32,6 +33,13 @@ def engine() -> type:
                 file.write(left[len(found) :])
                 file.truncate()
             return found
+
+        async def sleep(self):
+            pass
+
+        async def wake_up(self):
+            if self._next("w"):
+                raise RuntimeError("no memory")
 
         async def complete(self, request):
             import asyncio
@@ -67,6 +75,11 @@ def make(cluster, tmp_path):
     yield new
     for generator in made:
         generator.stop()
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr("autoprune.actors.serving.PAUSES", (0.0, 0.0, 0.0))
 
 
 def requests(*offsets: int) -> list[Request]:
@@ -117,7 +130,7 @@ def test_what_an_engine_left_unanswered_is_asked_again(make, trouble, word):
     assert time.monotonic() - began < 60
 
 
-def test_an_engine_that_dies_again_and_again_ends_the_search(make):
+def test_an_engine_that_dies_again_and_again_ends_the_search(make, hasty):
     generator = make("ddd")
     generator.wait()
     with pytest.raises(Lost, match="vLLM stopped serving"):
@@ -125,7 +138,36 @@ def test_an_engine_that_dies_again_and_again_ends_the_search(make):
     assert len(make.said) == 2
 
 
-def test_an_engine_that_cannot_come_back_leaves_the_work_to_the_others(make):
+def test_an_engine_that_cannot_start_again_is_given_time(make, monkeypatch):
+    """As where Ray sends it to a node that is gone, until it sees that."""
+    monkeypatch.setattr("autoprune.actors.serving.PAUSES", (0.0, 0.5, 1.5))
+    generator = make("dfff")
+    generator.wait()
+    began = time.monotonic()
+    with pytest.raises(Lost, match="vLLM stopped serving"):
+        generator.generate(requests(0))
+    assert len(make.said) == 3 and time.monotonic() - began > 2.0
+
+
+def test_an_engine_that_is_lost_while_it_starts_is_started_again(make):
+    import ray
+
+    generator = make("")
+    ray.kill(generator._actors[0])
+    generator.wait()
+    assert len(make.said) == 1
+    assert [a.text for a in generator.generate(requests(7))[0]] == ["7 by 0", "8 by 0"]
+
+
+def test_an_engine_that_cannot_wake_up_is_started_again(make):
+    generator = make("w")
+    generator._sleeps = True
+    generator.wait()
+    assert [a.text for a in generator.generate(requests(7))[0]] == ["7 by 0", "8 by 0"]
+    assert len(make.said) == 1
+
+
+def test_an_engine_that_cannot_come_back_leaves_the_work_to_the_others(make, hasty):
     """As where its node has died, and no other one has room."""
     generator = make("d" + "f" * 20, engines=2)
     generator.wait()
