@@ -94,6 +94,7 @@ class Mirror:
 
     def _append(self, records: Sequence[dict]) -> None:
         if self._sent < len(records):
+            self._own()
             self._write_journal(self._sent, records)
 
     def _write_journal(self, first: int, records: Sequence[dict]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -75,6 +76,8 @@ def open_folder(folder: Path, config: Config, resume: bool, held: ExitStack) -> 
             )
         if storage is None:
             held.enter_context(locked(folder))
+        for rest in folder.glob(f".{MODEL}-*"):  # of an export that was killed
+            shutil.rmtree(rest, ignore_errors=True)
         # Damage is told now, not after minutes of loading models.
         if not Journal(folder / JOURNAL) and any((folder / CHECKPOINT).glob("generation-*")):
             raise InputError(

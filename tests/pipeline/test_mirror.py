@@ -83,6 +83,8 @@ def test_of_two_searches_on_one_storage_the_first_stops(tmp_path, storage):
     second.begin(b"config", records)
     before = {name: storage.read(name) for name in storage.names()}
     with pytest.raises(TakenOver, match="another search has taken over this run in .*: this one stops"):
+        first.appended([*records, {"n": 1}])
+    with pytest.raises(TakenOver):
         first.saved("generation-0001", [*records, {"n": 1}])
     first.close([*records, {"n": 1}])  # what ends must end
     assert {name: storage.read(name) for name in storage.names()} == before
