@@ -130,8 +130,7 @@ def reserve(layout: Layout, limit: float, say: Callable[[str], None]) -> Reserva
 
     Tells what is still missing whenever that changes. Raises InputError with it after `limit` seconds.
     """
-    there = _there()
-    found, began, told = _asked(layout, layout.resources()), time.monotonic(), ""
+    there, found, began, told = _there(), _asked(layout), time.monotonic(), ""
     try:
         while missing := _missing(found):
             if time.monotonic() - began > limit:
@@ -146,10 +145,10 @@ def reserve(layout: Layout, limit: float, say: Callable[[str], None]) -> Reserva
             time.sleep(min(POLL if waited else POLL / 10, limit / 10))
             # A node that fell silent is counted for some seconds: shares of it are no longer to be had. Where the
             # cluster grows, what was asked for stays asked for.
-            if any(_there()[name] < amount for name, amount in there.items()):
-                there = _there()
+            now = _there()
+            if any(now[name] < amount for name, amount in there.items()):
                 found.free()
-                found = _asked(layout, layout.resources())
+                there, found = now, _asked(layout)
     except BaseException:
         found.free()
         raise
@@ -158,16 +157,16 @@ def reserve(layout: Layout, limit: float, say: Callable[[str], None]) -> Reserva
 
 def _there() -> dict[str, float]:
     """CPUs and GPUs of the cluster."""
-    return {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
+    have = ray.cluster_resources()
+    return {name: have.get(name, 0.0) for name in ("CPU", "GPU")}
 
 
-def _asked(layout: Layout, resources: tuple[ActorResources, ActorResources]) -> Reservation:
-    """Places that Ray is asked for; what each engine and each evaluator reserves."""
-    engine, evaluator = resources
+def _asked(layout: Layout) -> Reservation:
+    """Places that Ray is asked for, as what the cluster has now allows."""
+    engine, evaluator = layout.resources()
     engines = [Neighbours(1, engine) if engine.bundle() else None for _ in range(layout.engines)]
-    return Reservation(
-        engine, evaluator, engines, [Neighbours(layout.shards, evaluator) for _ in range(layout.replicas)]
-    )
+    replicas = [Neighbours(layout.shards, evaluator) for _ in range(layout.replicas)]
+    return Reservation(engine, evaluator, engines, replicas)
 
 
 def _missing(places: Reservation) -> str:
