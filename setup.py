@@ -1,7 +1,7 @@
 """How it is built; what it is made of stands in setup.cfg. Needs setuptools 70.1 or later.
 
 With SOURCE_DATE_EPOCH set, two builds of a commit by the same setuptools are equal byte for byte, wherever and by whom
-they are made. A release, from a fresh clone, with the setuptools of the environment:
+they are made. A release, from a fresh clone, in the environment and with its setuptools (no lock has `build`):
 
     SOURCE_DATE_EPOCH=$(git log -1 --format=%ct) python -m build --no-isolation
 """

@@ -21,13 +21,12 @@ EXPERT_OPERATIONS = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
 def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name → safetensors file that holds it, for a checkpoint folder in the Hugging Face layout."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not single.exists() and index.exists():  # in this order transformers looks for them: an index may be left over
         try:
             return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
         except (ValueError, KeyError, AttributeError, TypeError):
             raise InputError(f"{index} is damaged: expected a weight_map; fetch or save the model again") from None
-    single = folder / "model.safetensors"
     if not single.exists():
         raise InputError(
             f"{folder} holds no model.safetensors: expected a safetensors checkpoint; save it as one first"

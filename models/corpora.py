@@ -59,7 +59,8 @@ def load_corpus(spec: str) -> Corpus:
     source, start, stop = _parse(spec)
     ahead = stop is not None and stop >= 0 and (start is None or start >= 0)
     documents = list(itertools.islice(filter(str.strip, _read(source, ahead)), stop if ahead else None))
-    chosen = tuple(documents[start:stop])
+    # Half of a character that was cut in two, as JSON can hold it, is no text.
+    chosen = tuple(document.encode(errors="replace").decode() for document in documents[start:stop])
     if not documents and stop != 0:
         raise InputError(f"{source} is empty: expected text")
     if not chosen:

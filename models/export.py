@@ -50,19 +50,24 @@ def check_space(out: Path, size: int) -> None:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` on success and vanishes on failure."""
+    """A temporary folder beside `out` that becomes `out` on success and vanishes on failure. Where `out` is there and
+    empty, perhaps a disk of its own, it lies inside, and its files go up, the sidecar last."""
     check_output(out)
+    out = out.resolve()  # a link may lead to another disk
+    there = out.exists()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out if there else out.parent))
         temporary.chmod(0o755)  # mkdtemp makes it private; a checkpoint is as readable as any other output
     except OSError as error:
         raise InputError(f"cannot write to {out.parent}: {error.strerror}; choose another output folder") from None
     try:
         yield temporary
-        if out.exists():
-            out.rmdir()
-        os.replace(temporary, out)
+        if there:
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == SIDECAR):
+                os.replace(file, out / file.name)
+        else:
+            os.replace(temporary, out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"writing {out} failed: {reason}; nothing was left behind") from error

@@ -29,7 +29,9 @@ def build(config: PreTrainedConfig, name: object, dtype: torch.dtype) -> tuple[P
         if getattr(config, option, False):
             setattr(config, option, False)
     model, reason = None, ""
-    for attention in ("sdpa", "eager"):  # some families have the second alone
+    # Some families have the second alone; the first would leave out that attention is capped.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    for attention in ("eager",) if capped else ("sdpa", "eager"):
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(

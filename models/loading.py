@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 BUNDLED_MODELS = [name for name, entry in CATALOGUE.items() if entry.kind == "model"]
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja", "merges.txt")
+# Patterns cross folders: what lies in one, or is the same in another form (Mistral's), would be fetched beside it.
+HUB_IGNORED = ("*/*", "consolidated*.safetensors")
 HUB_SECONDS = 10  # for the first answer; a download that has begun may take as long as it needs
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_MODEL = re.compile(rf"(?P<id>{HUB_ID.pattern})(?:@(?P<revision>[\w.-]+))?")
@@ -81,10 +83,11 @@ def _from_hub(name: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
+    wanted = {"allow_patterns": list(HUB_FILES), "ignore_patterns": list(HUB_IGNORED)}
     try:
         # One short question first: a hub that cannot be reached is known at once, not after every file's retries.
         HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(name, revision=revision, **wanted))
     except GatedRepoError as error:
         raise InputError(f"{name} needs its owner's permission; ask for it on the hub, then set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
@@ -93,8 +96,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
         raise InputError(f"the hub has no revision {revision} of {name}; check it, or leave it out") from error
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
         try:
-            local = {"allow_patterns": list(HUB_FILES), "local_files_only": True}
-            return Path(snapshot_download(name, revision=revision, **local))
+            return Path(snapshot_download(name, revision=revision, local_files_only=True, **wanted))
         except LocalEntryNotFoundError:
             raise InputError(
                 f"cannot get {name} from the model hub ({type(error).__name__}); check the network, "
@@ -104,11 +106,12 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 def load_config(path: Path | str, revision: str | None = None) -> PretrainedConfig:
     """The configuration of a resolved model, or of a hub id's revision; code from the folder is never run."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"cannot read the model configuration in {path}: {_first_line(error)}") from error
 
 

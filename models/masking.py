@@ -136,13 +136,19 @@ class Chooser:
                 raise type(error)(f"{layer.name}: {error}") from None
         return choice
 
+    def _unknown(self, moments: InputMoments, gradient: Tensor | None) -> bool:
+        """Whether too little text reached an expert to go by: few tokens, or for a score that reads gradients none of
+        the windows that have them."""
+        flat = self.scores_by_gradients and gradient is not None and bool((gradient == gradient.flatten()[0]).all())
+        return moments.count < EXPERT_TOKENS or flat
+
     def _layer(
         self, layer: Layer, moments: InputMoments, gradient: Tensor | None, sparsity: float, choice: BlockChoice
     ) -> None:
         name, weight = layer.name, layer.weight
         out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         choice.weights[name] = out
-        if layer.expert is not None and moments.count < EXPERT_TOKENS:
+        if layer.expert is not None and self._unknown(moments, gradient):
             choice.fallbacks.append(name)
             choice.bits[name] = prune(weight, torch.ones(weight.shape[1], device=out.device), self.group, sparsity, out)
             return

@@ -92,7 +92,7 @@ def zero_shot(
         from lm_eval import evaluate
     except ImportError as error:
         raise InputError(
-            f"zero-shot tasks need lm-eval, which is not installed here ({error}); pip install 'autoprune[eval]'"
+            f"zero-shot tasks need lm-eval, which is not installed here ({error}); pip install '.[eval]'"
         ) from error
     folder = resolve_model(model)
     with _quiet():

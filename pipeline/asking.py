@@ -148,7 +148,7 @@ def table(lineage: Lineage, candidates: list[Candidate], combined: str = "") -> 
 def prune_command(config: Config, score: str, out: str) -> str:
     """The command that prunes the target as the search did. score: a file that holds the algorithm."""
     target, data = config.target, config.data
-    goal = ["--sparsity", f"{target.sparsity:g}"] if target.group == FREE_GROUP else ["--group", target.group]
+    goal = ["--sparsity", f"{target.sparsity}"] if target.group == FREE_GROUP else ["--group", target.group]
     return shlex.join(
         [
             "autoprune",

@@ -30,7 +30,7 @@ from autoprune.models.loading import load_config, load_tokenizer, resolve_model
 from autoprune.models.masking import needs
 from autoprune.models.measuring import Measurement, Workbench
 from autoprune.models.pruning import check_model, default_device, native_dtype
-from autoprune.pipeline.comparison import Cell, Comparison, Result, Subject, cells
+from autoprune.pipeline.comparison import FILE, Cell, Comparison, Result, Subject, cells
 from autoprune.pipeline.comparison_report import Findings, figure, write_plots, write_tables
 from autoprune.pipeline.launch import signals
 from autoprune.pipeline.preparation import SPLITS, absolute, check_splits, misfit, spread
@@ -117,9 +117,22 @@ def settled(config: Comparison) -> Comparison:
     anywhere."""
     data = replace(config.data, **{name: absolute(getattr(config.data, name)) for name in SPLITS})
     models = tuple(dict.fromkeys(absolute(model) for model in config.models))
-    methods = tuple(replace(group, scores=tuple(map(absolute, group.scores))) for group in config.methods)
+    methods = tuple(
+        replace(
+            group,
+            scores=tuple(map(absolute, group.scores)),
+            allocations=tuple(_absolute_allocation(allocation) for allocation in group.allocations),
+        )
+        for group in config.methods
+    )
     dtype, runs = native_dtype(config.dtype), str(Path(config.runs).resolve())
     return replace(config, runs=runs, models=models, dtype=dtype, data=data, methods=methods)
+
+
+def _absolute_allocation(text: str) -> str:
+    """`FILE.py[@layer]` with the file's absolute path; any other as it is."""
+    file, at, rest = text.partition("@")
+    return f"{absolute(file)}{at}{rest}" if file.endswith(FILE) else text
 
 
 def prepare(config: Comparison) -> list[Subject]:

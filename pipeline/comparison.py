@@ -309,7 +309,14 @@ def check_comparison(config: Comparison) -> None:
                 raise InputError(f"methods.{name} is empty: expected at least one")
         for score in group.scores:
             if score.endswith(FILE):
-                _, spread = read_score(Path(score))
+                algorithm, spread = read_score(Path(score))
+                means = Group.parse(algorithm.group).sparsity
+                for target in config.targets() if means is not None else ():
+                    if not target.pattern and target.share != means:
+                        raise InputError(
+                            f"sparsities holds {target}, and {score} is for {algorithm.group}, which means "
+                            f"{100 * means:g}%: give that, or {algorithm.group}"
+                        )
                 if OWN in group.allocations and not spread:
                     raise InputError(f"methods.allocations holds {OWN!r}, and {score} says nothing of an allocation")
             else:
@@ -327,6 +334,6 @@ def check_comparison(config: Comparison) -> None:
             if start == OWN:
                 raise InputError(f"methods.allocations holds {allocation!r}: what a file says itself cannot be tuned")
             rule = read_allocation(start).name
-            if start != allocation and (":" in start or not RANGES[rule]):
-                reason = "tune them or give them" if RANGES[rule] else f"{rule} has no parameters to tune"
+            if start != allocation and (":" in start or not RANGES.get(rule)):
+                reason = "tune them or give them" if RANGES.get(rule) else f"{start} has no parameters to tune"
                 raise InputError(f"methods.allocations holds {allocation!r}: {reason}")

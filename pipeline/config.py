@@ -43,7 +43,7 @@ class Further:
     @property
     def goal(self) -> str:
         """What is pruned to, for people."""
-        return f"{self.sparsity:.0%}" if self.group in ("", FREE_GROUP) else self.group
+        return f"{100 * self.sparsity:g}%" if self.group in ("", FREE_GROUP) else self.group
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,10 @@ class Generator:
 class Evaluators:
     """The actors that measure candidates: `replicas` pipelines of `shards` actors.
 
-    threads: of each actor, on a CPU. gpus_per_shard: whole GPUs of each actor, or a part of one; 0: an equal share of
-    those of the cluster, between all actors. wait: seconds for which a search waits for the cluster to have room.
-    deadline: seconds that a replica may take for one candidate before it is replaced; attempts: how often a candidate
-    may cause that before it is given up.
+    threads: of each actor, on a CPU. gpus_per_shard: a GPU for each actor (1), or a part of one; 0: an equal share of
+    those that the cluster has when the search starts, between all actors, one at most. wait: seconds for which a search
+    waits for the cluster to have room. deadline: seconds that a replica may take for one candidate before it is
+    replaced; attempts: how often a candidate may cause that before it is given up.
     """
 
     shards: int = 2
@@ -345,14 +345,12 @@ def check_config(config: Config) -> None:
             "search.lag and generator.sleeps exclude each other (with a lag the engine writes while evaluators "
             "measure): set search.lag to 0, or generator.sleeps to false"
         )
-    for name, gpus in (
-        ("evaluators.gpus_per_shard", config.evaluators.gpus_per_shard),
-        ("generator.gpus_per_engine", generator.gpus_per_engine),
-    ):
-        if gpus < 0 or (gpus > 1 and gpus % 1):
-            raise InputError(
-                f"{name} is {gpus:g}: expected a part of a GPU, such as 0.5, or whole ones; 0: equal shares"
-            )
+    share, gpus = config.evaluators.gpus_per_shard, generator.gpus_per_engine
+    part = "expected a part of a GPU, such as 0.5, or"
+    if not 0 <= share <= 1:  # an evaluator computes on one
+        raise InputError(f"evaluators.gpus_per_shard is {share:g}: {part} 1; more shards use more; 0: equal shares")
+    if gpus < 0 or (gpus > 1 and gpus % 1):
+        raise InputError(f"generator.gpus_per_engine is {gpus:g}: {part} whole ones; 0: equal shares")
     if search.answers < search.prompts:
         raise InputError(f"search.answers is {search.answers}: expected at least search.prompts ({search.prompts})")
     if not search.seeds:

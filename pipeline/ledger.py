@@ -97,6 +97,7 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self._journal = Journal(self.folder / JOURNAL)
+        self._earlier = len(self._journal)  # records of earlier sittings
         self._used: set[int] = set()  # places of the records that count as spent
         self._places: dict[tuple, int] = {}
         self._ahead: dict[tuple[int, int, str], Aside] = {}
@@ -162,6 +163,8 @@ class Ledger:
         if place not in self._used:
             self._used.add(place)
             _count(self.spent, record)
+            if place < self._earlier:  # after its last checkpoint: of those before, `restore` knows the time
+                self.spent.total += record.get("seconds", 0.0)
         return record
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from autoprune.actors.storage import Storage
-from autoprune.models.errors import InputError, TakenOver
+from autoprune.models.errors import InputError, Lost, TakenOver
 from autoprune.pipeline.checkpoint import KEPT, MANIFEST, PARTS, journal_line, write_atomic
 
 CONFIG_FILE, JOURNAL, CHECKPOINT = "config.yaml", "journal", "checkpoint"
@@ -40,9 +40,12 @@ class Mirror:
 
     def begin(self, config: bytes, records: Sequence[dict]) -> None:
         """The run goes on from here: its configuration, and what its journal holds already. Raises InputError where
-        nothing can be written. Whoever wrote there until now is to find out (see `_own`)."""
+        nothing can be written; Lost where the journal there is longer. Whoever wrote there until now is to find out
+        (see `_own`)."""
         try:
             self._storage.write(WRITER, self._token)
+            if self._length() > len(records):
+                raise Lost(f"another search went on with this run in {self._storage.uri} while this one started")
             self._storage.write(CONFIG_FILE, config)
             if (self._folder / MEMORY).exists():
                 self._storage.write(MEMORY, (self._folder / MEMORY).read_bytes())
@@ -92,6 +95,10 @@ class Mirror:
         if there is not None and there != self._token:
             raise TakenOver(f"another search has taken over this run in {self._storage.uri}: this one stops")
 
+    def _length(self) -> int:
+        """Records of the journal there."""
+        return max((int(part[2]) + 1 for part in _parts(self._storage)), default=0)
+
     def _append(self, records: Sequence[dict]) -> None:
         if self._sent < len(records):
             self._own()
@@ -104,8 +111,7 @@ class Mirror:
 
     def _join(self, records: Sequence[dict]) -> None:
         self._own()
-        parts = filter(None, map(PART.fullmatch, self._storage.names(JOURNAL)))
-        old = [part[0] for part in parts if int(part[1]) >= self._joined]
+        old = [part[0] for part in _parts(self._storage) if int(part[1]) >= self._joined]
         if self._joined < len(records):
             self._write_journal(self._joined, records)
         whole = f"{JOURNAL}/{self._joined:08d}-{len(records) - 1:08d}.jsonl"
@@ -182,10 +188,14 @@ def _number(checkpoint: str) -> int:
     return int(checkpoint.rpartition("-")[2])
 
 
+def _parts(storage: Storage) -> list[re.Match]:
+    return list(filter(None, map(PART.fullmatch, storage.names(JOURNAL))))
+
+
 def _journal(storage: Storage) -> list[bytes]:
     """Its lines, in order, from whatever files there are: one may hold what others hold, too."""
     lines: list[bytes] = []
-    parts = sorted((int(m[1]), -int(m[2]), m[0]) for name in storage.names(JOURNAL) if (m := PART.fullmatch(name)))
+    parts = sorted((int(part[1]), -int(part[2]), part[0]) for part in _parts(storage))
     for first, _, name in parts:
         if first > len(lines):
             raise InputError(f"{storage.uri}: the journal lacks record {len(lines)}: restore it from a copy")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from autoprune.models.errors import InputError
 from autoprune.models.footprint import (
     Footprint,
     ModelSizes,
@@ -140,25 +141,29 @@ def _add_engines(found: Plan, config: Config, gpu_gib: float) -> None:
     writer = config.generator
     name = config.target.model if writer.model == SELF else writer.model
     options = known_config(name)
-    sizes = model_sizes(options, name, "bfloat16")
+    gpus = writer.gpus_per_engine or (float(writer.tensor_parallel) if gpu_gib else 0.0)
+    room = 0.9 * gpus * gpu_gib * GIB if gpu_gib else None
+    row = {"who": f"vLLM engine with {name}", "count": writer.engines, "gpus": gpus, "cpus": 0.0, "room": room}
+    try:
+        sizes = model_sizes(options, name, "bfloat16")
+    except InputError:  # quantised, or no decoder that is pruned here: vLLM may serve it
+        found.actors.append(row | {"parts": {}, "total": 0, "host": WORKER * 2, "note": "not known here"})
+        return
     text = options.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     sequences = -(-config.search.answers // writer.engines)
     cache = 2 * 2 * len(sizes.blocks) * heads * width * writer.max_model_len * sequences
     weights = sizes.parameters * 2
-    gpus = writer.gpus_per_engine or (float(writer.tensor_parallel) if gpu_gib else 0.0)
-    room = 0.9 * gpus * gpu_gib * GIB if gpu_gib else None
     at_a_time = sequences
     if room is not None and room >= weights + cache / sequences:
         at_a_time = min(sequences, int((room - weights) / (cache / sequences)))
     total = weights + (cache * at_a_time // sequences if gpu_gib else writer.kv_cache_gib * GIB)
     parts = {"weights": weights, "cache": total - weights}
-    row = {"who": f"vLLM engine with {name}", "count": writer.engines, "gpus": gpus, "cpus": 0.0, "parts": parts}
     if at_a_time < sequences:
         row["note"] = f" for {at_a_time} of {sequences} answers at a time"
     host = WORKER * 2 + ((weights if writer.sleeps else 0) if gpu_gib else total)  # asleep, weights are there
-    found.actors.append(row | {"total": total, "room": room, "host": host, "parameters": sizes.parameters})
+    found.actors.append(row | {"parts": parts, "total": total, "host": host, "parameters": sizes.parameters})
     if room is not None and weights + cache / sequences > room:
         needed = f"{(weights + cache / sequences) / GIB:.0f} GiB, and it has {room / GIB:.0f}"
         found.problems.append(f"an engine with {name} needs {needed}: raise generator.tensor_parallel")
@@ -240,7 +245,8 @@ def plan_lines(found: Plan, config: Config) -> Iterable[str]:
     yield f"roughly {_hours(found.hours[0])} to {_hours(found.hours[1])}, from rates of {_device(found.device)}"
     yield from (f"does not fit: {problem}" for problem in found.problems)
     if not found.problems:
-        yield "everything fits"
+        known = all(row["parts"] for row in found.actors)
+        yield "everything fits" if known else "everything of which that is known fits"
 
 
 def _hours(hours: float) -> str:

@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -149,7 +150,7 @@ def lineage_png(lineage: Lineage, best: str, title: str, measure: str) -> bytes:
     axes.set_title(title, loc="left", fontsize=12)
     _legend(axes)
 
-    rows = {"surplus": 4, "repeat": 3, "invalid": 2, "failed": 1, "poison": 0}
+    rows = {"screened": 5, "surplus": 4, "repeat": 3, "invalid": 2, "failed": 1, "poison": 0}
     for status, row in rows.items():
         mine = [c for c in candidates if c.status == status]
         colour = "#b2182b" if status in ("failed", "poison") else QUIET
@@ -158,7 +159,7 @@ def lineage_png(lineage: Lineage, best: str, title: str, measure: str) -> bytes:
             1.01, row, f"{len(mine)}", transform=strip.get_yaxis_transform(), va="center", fontsize=8, color=QUIET
         )
     strip.set_yticks(list(rows.values()), list(rows), fontsize=8, color=QUIET)
-    strip.set_ylim(-0.7, 3.7)
+    strip.set_ylim(-0.7, len(rows) - 0.3)
     strip.set_xlim(-0.7, generations - 0.5)
     strip.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
     strip.set_xlabel("generation (0: the seeds)")
@@ -330,7 +331,7 @@ def comparison_png(
 
 
 def _variant(allocation: str) -> tuple[str, str]:
-    """The rule of `NAME[@layer][:tuned or parameters]`, and which of VARIANTS it is."""
-    rule, layer, settings = re.fullmatch(r"(\w+)(@layer)?(:.*)?", allocation).groups(default="")
+    """The rule (or file) of `NAME[@layer][:tuned or parameters]`, and which of VARIANTS it is."""
+    rule, layer, settings = re.fullmatch(r"(.+?)(@layer)?(:.*)?", Path(allocation).name).groups(default="")
     by_layer = layer or ("@layer" if "taylor=" in settings else "")
     return rule, by_layer + (settings if settings in ("", ":tuned") else ":")

@@ -109,7 +109,7 @@ def read_score(file: Path) -> tuple[Algorithm, bool]:
 
 def score_in(file: Path, text: str) -> tuple[Algorithm, bool]:
     """As `read_score`, of what was read from the file."""
-    functions = functions_in(file, re.sub(r"^#.*\n", "", text, flags=re.MULTILINE))
+    functions = functions_in(file, text)
     if "score" not in functions:
         raise InputError(f"{file} holds no `{FORMS['score']}`")
     lines = re.findall(r"^#\s*(group|allocation)\s*:[^\S\n]*(.*\S)", text, re.MULTILINE | re.IGNORECASE)
@@ -147,9 +147,9 @@ def read_source(file: Path) -> str:
 
 
 def functions_in(file: Path, text: str) -> dict[str, Function]:
-    """As `read_functions`, of what was read from the file."""
+    """As `read_functions`, of what was read from the file. Its comments do not count as source."""
     try:
-        return canonical(text)
+        return canonical(re.sub(r"^#.*$", "", text, flags=re.MULTILINE))
     except LanguageError as error:
         raise InputError(f"{file}: {error}") from None
 

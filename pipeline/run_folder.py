@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from autoprune.actors.storage import Storage
-from autoprune.models.errors import InputError
+from autoprune.models.errors import InputError, Lost
 from autoprune.pipeline.checkpoint import Journal, write_atomic
 from autoprune.pipeline.config import FREE, Config, difference, load_config
 from autoprune.pipeline.ledger import JOURNAL
@@ -27,7 +27,22 @@ def begun(config: Config) -> bool:
     """Whether the run of this configuration exists, here or in its storage."""
     if (config.folder / CONFIG_FILE).exists():
         return True
-    return bool(config.storage) and Storage(place_of(config)).read(CONFIG_FILE) is not None
+    return bool(config.storage) and _held(Storage(place_of(config)))
+
+
+def _held(storage: Storage) -> bool:
+    """Whether a storage has a run."""
+    with _reaching(storage):
+        return storage.read(CONFIG_FILE) is not None
+
+
+@contextmanager
+def _reaching(storage: Storage) -> Iterator[None]:
+    """Raises Lost where a storage does not answer: it may be there again when the search is resumed."""
+    try:
+        yield
+    except OSError as error:
+        raise Lost(f"cannot get the run from storage {storage.uri}: {error}") from error
 
 
 @contextmanager
@@ -63,7 +78,8 @@ def open_folder(folder: Path, config: Config, resume: bool, held: ExitStack) -> 
     if storage is not None and resume:
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(folder))
-        fetch(storage, folder)
+        with _reaching(storage):
+            fetch(storage, folder)
     if resume:
         if not stored.exists():
             raise InputError(f"no run to resume in {folder}: expected {CONFIG_FILE} there")
@@ -85,7 +101,7 @@ def open_folder(folder: Path, config: Config, resume: bool, held: ExitStack) -> 
             )
         write_atomic(stored, config.to_yaml().encode())
         return
-    if storage is not None and storage.read(CONFIG_FILE) is not None:
+    if storage is not None and _held(storage):
         raise InputError(f"{storage.uri} holds a run: add --resume {config.name} to go on, or choose another name")
     if folder.exists() and any(entry.name != LOCK for entry in folder.iterdir()):
         raise InputError(f"run folder {folder} exists: add --resume {config.name} to go on, or choose another name")

@@ -350,18 +350,22 @@ class Search:
         if generation == 0 and not any(c.status == "evaluated" for c in candidates):
             errors = "; ".join(f"{c.id}: {c.error}" for c in candidates)
             raise InputError(f"none of the seeds could be measured ({errors})")
+        self._take(generation, candidates)
+        for candidate in candidates:
+            if candidate.status in ("evaluated", "failed", "poison"):
+                self.progress.say(self._line(candidate, self._edges(candidate)))
+        self._save(generation)
+        self._tell(generation)
+        self.progress.say(f"  {self.ledger.line()}")
+
+    def _take(self, generation: int, candidates: list[Candidate]) -> None:
+        """A generation joins the lineage, and the tracker hears of it."""
         for candidate in candidates:
             self.lineage.add(candidate)
         self.screen.learn(candidates)
         for candidate in candidates:
-            edges = self._edges(candidate)
-            self.tracker.candidate(candidate, edges)
-            if candidate.status in ("evaluated", "failed", "poison"):
-                self.progress.say(self._line(candidate, edges))
+            self.tracker.candidate(candidate, self._edges(candidate))
         self.tracker.generation(generation, self._metrics(candidates))
-        self._save(generation)
-        self._tell(generation)
-        self.progress.say(f"  {self.ledger.line()}")
 
     def _within_budget(self, generation: int, candidates: list[Candidate]) -> list[Candidate]:
         """Those that pass the fidelities, as many as a generation and the budget allow; the rest is surplus."""
@@ -453,12 +457,10 @@ class Search:
                 candidate.evaluation = replace(candidate.evaluation, seconds=seconds)
             elif candidate.status == "poison":
                 candidate.traceback = self.ledger.traceback(candidate.algorithm.key)
-            self.lineage.add(candidate)
-        self.screen.learn(list(self.lineage))
         self.ledger.restore(spent["used"], spent["total"])
         self._done = loaded.generation
-        for candidate in self.lineage:  # a tracker that was away when the search stopped catches up
-            self.tracker.candidate(candidate, self._edges(candidate))
+        for generation, candidates in itertools.groupby(restored, lambda candidate: candidate.generation):
+            self._take(generation, list(candidates))  # a tracker that was away when the search stopped catches up
         self.progress.say(f"resumed after generation {loaded.generation} with {len(self.lineage)} candidates")
 
 

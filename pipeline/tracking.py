@@ -50,6 +50,7 @@ PAUSE = 15.0  # seconds for which a store that failed is left alone: each call m
 FAILURES_PER_CALL = 2  # then give up until the next call, so that a dead store costs two time-outs at most
 # Seconds for calls that are due beside the new one: a store that was away for a day gets what it missed bit by bit.
 CATCHING_UP, CATCHING_UP_AT_END = 5.0, 60.0
+PER_GENERATION = "best_fitness_nll"  # a metric that every generation has
 
 
 def quiet_mlflow() -> None:
@@ -107,6 +108,8 @@ class MlflowTracker:
         self._statuses: dict[str, str] = {}  # of every candidate seen, for the counts
         self._written: set[str] = set()  # candidates whose child run is complete
         self._doubtful: set[str] = set()  # those that may have a child run that is not
+        self._generations: set[int] = set()  # whose metrics are there
+        self._opening: Callable[[], None] | None = None  # what a store that was away when a run was resumed has missed
         self._pending: deque[Callable[[], None]] = deque()
         self._warned, self._failed = False, -PAUSE
         quiet_mlflow()
@@ -154,16 +157,29 @@ class MlflowTracker:
         """Open the parent run, or the one that `mlflow.json` remembers, with the flattened config as parameters, and
         texts and models as its inputs (see `log_inputs`).
 
-        Raises InputError when the store is not there: at the start a person is present who can put it right.
+        Raises InputError when the store is not there: at the start a person is present who can put it right. A run that
+        is remembered goes on without it, as a job does that is tried again at night.
         """
-        self._or_input_error(lambda: self._start(config, texts or {}, models))
+        self._source = source_tags() | {"autoprune.kind": self.kind}
         self._samples = SystemSamples()
+        opening = partial(self._start, config, texts or {}, models)
+        memory = self._memory()
+        if memory is None:
+            self._or_input_error(opening)
+            return
+        self._experiment_id, self._run_id = memory["experiment_id"], memory["run_id"]
+        try:
+            self._or_input_error(opening)
+        except InputError as error:
+            if not isinstance(error.__cause__, Exception):  # the store answered, and cannot be used
+                raise
+            self._fail(error.__cause__)
+            self._opening = opening
 
     def _start(self, config: dict, texts: Mapping[str, tuple[str, str]], models: Sequence[str]) -> None:
         from mlflow.entities import Param
 
         self._experiment_id = self._find_experiment()
-        self._source = source_tags() | {"autoprune.kind": self.kind}
         run = self._remembered_run()
         if run is None:
             run = self._client.create_run(self._experiment_id, run_name=self.run_name, tags=self._source)
@@ -193,17 +209,24 @@ class MlflowTracker:
     def _remembered_run(self):
         from mlflow.exceptions import MlflowException
 
+        memory = self._memory()
+        if memory is None or memory["experiment_id"] != self._experiment_id:
+            return None
         try:
-            memory = json.loads((self.folder / MEMORY).read_text())
-            if memory["uri"] == self.uri and memory["experiment_id"] == self._experiment_id:
-                run = self._client.get_run(memory["run_id"])
-                return run if run.info.lifecycle_stage == "active" else None
-        except FileNotFoundError:
-            pass
+            run = self._client.get_run(memory["run_id"])
+            return run if run.info.lifecycle_stage == "active" else None
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
         return None
+
+    def _memory(self) -> dict[str, str] | None:
+        """The parent run of an earlier sitting in this store."""
+        try:
+            memory = json.loads((self.folder / MEMORY).read_text())
+        except FileNotFoundError:
+            return None
+        return memory if memory["uri"] == self.uri else None
 
     def _write_memory(self, run_id: str) -> None:
         memory = {"uri": self.uri, "experiment_id": self._experiment_id, "run_id": run_id}
@@ -217,6 +240,7 @@ class MlflowTracker:
 
     def _find_children(self, run_id: str) -> None:
         """What the store has of an earlier sitting, in a few requests and not one for each candidate."""
+        self._generations = {metric.step for metric in self._client.get_metric_history(run_id, PER_GENERATION)}
         token = None
         while True:
             mine = f"tags.`{PARENT_TAG}` = '{run_id}'"
@@ -243,8 +267,9 @@ class MlflowTracker:
             self._do(partial(self._candidate, candidate, edges, now()))
 
     def generation(self, index: int, metrics: dict[str, float]) -> None:
-        """Metrics of one generation, on the parent run with step = index, and the machine's load since the last."""
-        self._do(partial(self._log, self._run_id, metrics, now(), step=index))
+        """Metrics of one generation, on the parent run with step = index, and the machine's load since the last. Told
+        again of the same generation, it writes only what is not there."""
+        self._do(partial(self._generation, index, metrics, now()))
         self._do(partial(self._log_system, self._samples.take()))
 
     def finish(
@@ -276,21 +301,39 @@ class MlflowTracker:
         if time.monotonic() - self._failed < PAUSE and not last:
             return
         failures, end = 0, time.monotonic() + (CATCHING_UP_AT_END if last else CATCHING_UP)
+        if self._opening is not None:
+            if not self._tried(self._opening):
+                return
+            self._opening = None
         for _ in range(len(self._pending)):
             pending = self._pending.popleft()
-            try:
-                pending()
-            except Exception as error:  # whatever it is, the search goes on
+            if not self._tried(pending):
                 self._pending.append(pending)
                 failures += 1
-                if not self._warned:
-                    logger.warning("MLflow at %s: %s; kept, to be tried again", self.uri, _one_line(error))
-                    self._warned = True
-                self._failed = time.monotonic()
                 if failures == FAILURES_PER_CALL:
                     return
             if time.monotonic() > end:
                 return
+
+    def _tried(self, call: Callable[[], None]) -> bool:
+        """Whether a call went well; whatever it fails with, the search goes on."""
+        try:
+            call()
+        except Exception as error:
+            self._fail(error)
+            return False
+        return True
+
+    def _fail(self, error: Exception) -> None:
+        if not self._warned:
+            logger.warning("MLflow at %s: %s; kept, to be tried again", self.uri, _one_line(error))
+            self._warned = True
+        self._failed = time.monotonic()
+
+    def _generation(self, index: int, metrics: dict[str, float], timestamp: int) -> None:
+        if index not in self._generations:
+            self._log(self._run_id, metrics, timestamp, step=index)
+            self._generations.add(index)
 
     def _log(self, run_id: str, metrics: dict[str, float], timestamp: int, step: int = 0) -> None:
         from mlflow.entities import Metric

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from families import FAMILIES, tiny_family
+from families import COMMON, FAMILIES, tiny_family
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -92,6 +92,24 @@ def test_blocks_one_by_one_are_the_model(saved, name):
             assert expected.std() > 0.1
             for way in ways:
                 torch.testing.assert_close(logits(way, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_is_capped_where_the_model_says_so(tmp_path):
+    """transformers' own default leaves it out."""
+    options = COMMON | {"num_hidden_layers": 2, "head_dim": 8, "attn_logit_softcapping": 0.05}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **options))
+    for tensor in model.state_dict().values():
+        tensor += torch.randn_like(tensor)
+    model.save_pretrained(tmp_path)
+    ids, kinds = tokens(2, 20), ("eager", "sdpa")
+    with torch.inference_mode():
+        right, wrong = (
+            AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=kind)(ids).logits
+            for kind in kinds
+        )
+        assert (right - wrong).abs().max() > 0.01, "or the test could not fail"
+        torch.testing.assert_close(logits(ranges(tmp_path, [(0, 2)]), ids), right, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

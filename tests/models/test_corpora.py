@@ -51,6 +51,11 @@ def test_text_file_and_hash(text_file):
     assert part.sha256 != corpus.sha256 == load_corpus(f"{text_file}[:]").sha256
 
 
+def test_half_a_character_is_no_text(tmp_path):
+    (tmp_path / "cut.jsonl").write_text('{"text": "cut \\ud83d"}\n')
+    assert load_corpus(str(tmp_path / "cut.jsonl")).documents == ("cut ?",)
+
+
 def test_slices_and_overlap_agree_with_python(text_file):
     slices = [f"[{a}:{b}]" for a, b in itertools.product(["", "0", "2", "-2", "9"], ["", "1", "3", "-1"])]
     chosen = {}

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autoprune.models.footprint import Workload, footprint, known_config, model_sizes
+from autoprune.models.loading import BUNDLED_MODELS, load_config, resolve_model
 from autoprune.models.shard import GRADIENT_WINDOWS, ModelShard
 
 CONTEXT = 4
@@ -89,3 +90,15 @@ def test_gram_matrices_are_as_wide_as_the_inputs_of_layers(tmp_path, family):
 def test_a_stored_architecture_serves_any_revision():
     known = known_config("Qwen/Qwen2.5-7B")
     assert known_config("Qwen/Qwen2.5-7B@no-such-revision").to_dict() == known.to_dict()
+
+
+@pytest.mark.parametrize("name", BUNDLED_MODELS)
+def test_the_stored_architecture_of_a_bundled_model_is_its_own(name):
+    own, stored = load_config(resolve_model(name)), known_config(name)
+    assert model_sizes(stored, name, "bfloat16") == model_sizes(own, name, "bfloat16")
+    assert stored.max_position_embeddings == own.max_position_embeddings
+
+
+def test_a_bundled_model_is_planned_for_without_being_fetched(monkeypatch):
+    monkeypatch.setattr("autoprune.models.loading.fetch", lambda name: 1 / 0)
+    assert [known_config(name).num_hidden_layers for name in BUNDLED_MODELS] == [30, 28]

@@ -1,5 +1,6 @@
 """Names of models, their tokenizers, and GGUF files written on the spot from a model that we know."""
 
+import json
 import math
 import shutil
 
@@ -7,10 +8,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from tiny import save_tiny_model
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
+from autoprune.models.checkpoint_files import weight_files
 from autoprune.models.corpora import load_corpus, token_windows
 from autoprune.models.errors import InputError
 from autoprune.models.loading import GGUF_BLOCK, convert_gguf, load_config, load_tokenizer, pinned, resolve_model
@@ -29,6 +32,34 @@ def test_local_folder(tiny_model, tmp_path):
         load_config(tmp_path)
     with pytest.raises(InputError, match="cannot read the tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "576"}, {"num_attention_heads": 0.5}])
+def test_a_configuration_with_values_of_another_kind_is_one_line(tiny_model, tmp_path, change):
+    options = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(options | change))
+    with pytest.raises(InputError, match="cannot read the model configuration") as error:
+        load_config(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_one_file_of_weights_counts_more_than_an_index_that_is_left_over(tiny_model, tmp_path):
+    """As for transformers: a model was saved as one file where it had been in parts."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert set(weight_files(folder).values()) == {folder / "model.safetensors"}
+    assert AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_of_the_hub_only_the_files_that_are_read_are_fetched(monkeypatch, tiny_model):
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **wanted: asked.update(wanted) or tiny_model)
+    resolve_model("some/model")
+    files = ["config.json", "model-1.safetensors", "consolidated.safetensors", "original/model.safetensors", "x.bin"]
+    kinds = {"allow_patterns": asked["allow_patterns"], "ignore_patterns": asked["ignore_patterns"]}
+    assert list(filter_repo_objects(files, **kinds)) == files[:2]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """One layer, from scores to a pruned weight and its mask."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -58,3 +60,16 @@ def test_scores_that_are_not_finite_are_refused(value):
     for scores in (torch.full((8,), 10.0), weight * 10):
         with pytest.raises(ValueError, match="not finite"):
             prune(weight, scores, Group.parse("row"), 0.5, torch.empty_like(weight))
+
+
+def test_an_expert_that_no_gradient_reached_is_pruned_by_magnitude_where_the_score_reads_gradients():
+    """Its tokens all came after the windows that have gradients: equal ones say nothing of its weights."""
+    layer, moments = layer_and_moments()
+    expert = replace(layer, expert=0, parameter=nn.Parameter(layer.weight[None], requires_grad=False))
+    flat, known = torch.ones(48, 64), torch.rand(48, 64, generator=torch.Generator().manual_seed(1))
+    chooser, wanda = Chooser(Algorithm(BASELINES["pruner-zero"].source)), Chooser(Algorithm(BASELINES["wanda"].source))
+    by_magnitude = Chooser(Algorithm(BASELINES["magnitude"].source)).block([layer], {"fc": moments}, {}, [0.5])
+    choice = chooser.block([expert], {"fc": moments}, {"fc": flat}, [0.5])
+    assert choice.fallbacks == ["fc"] and torch.equal(choice.mask("fc"), by_magnitude.mask("fc"))
+    assert chooser.block([expert], {"fc": moments}, {"fc": known}, [0.5]).fallbacks == []
+    assert wanda.block([expert], {"fc": moments}, {"fc": flat}, [0.5]).fallbacks == []

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from autoprune.models import calibration, masking, shelf
 from autoprune.models.blocks import DecoderRange
 from autoprune.models.corpora import load_corpus, token_windows
 from autoprune.models.errors import InputError
-from autoprune.models.export import SIDECAR
+from autoprune.models.export import SIDECAR, whole_folder
 from autoprune.models.loading import load_tokenizer
 from autoprune.models.pruning import evaluate, prune
 from autoprune.pipeline.population import baseline
@@ -253,6 +254,26 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(tmp_path, tiny_model
     with pytest.raises(InputError, match=message) as error:
         prune(str(tiny_model), algorithm, sparsity, text, tmp_path / "out", context=CONTEXT, device="cpu")
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_is_filled_wherever_it_lies(tmp_path, tiny_model, text, monkeypatch):
+    """A disk of its own cannot be replaced by a folder, nor can a link, nor the folder that the user is in."""
+    there = tmp_path / "elsewhere" / "there"
+    there.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(there)
+    inode = there.stat().st_ino
+    monkeypatch.chdir(there)
+    for out in (Path("."), tmp_path / "link"):
+        sidecar = prune(str(tiny_model), WANDA, 0.5, text, out, context=CONTEXT, windows=WINDOWS, device="cpu")
+        assert json.loads((there / "autoprune.json").read_text()) == sidecar and there.stat().st_ino == inode
+        assert not [file for file in there.iterdir() if file.name.startswith(".")]
+        assert AutoModelForCausalLM.from_pretrained(there)
+        for file in there.iterdir():
+            file.unlink()
+    with pytest.raises(InputError, match="nothing was left behind"), whole_folder(there) as folder:
+        (folder / "half").write_text("x")
+        raise OSError("disk full")
+    assert there.is_dir() and not any(there.iterdir())
 
 
 def test_overflow_in_fp16_is_said(tmp_path, text):

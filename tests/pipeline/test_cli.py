@@ -90,6 +90,8 @@ def refused(capsys, *arguments: object) -> str:
         ("search.seeds=[wanda+sdas]", "sdsa"),
         ("data.context=4096", "expected 2 to 128"),
         ("evaluators.shards=9", "at most 4"),
+        ("evaluators.gpus_per_shard=2", "expected a part of a GPU, such as 0.5, or 1; more shards use more"),
+        ("generator.gpus_per_engine=1.5", "such as 0.5, or whole ones"),
         ("generator.kind=openai generator.base_url=http://127.0.0.1:9/v1", "no answer from http://127.0.0.1:9/v1"),
         ("generator.answers=/no/answers.txt", "/no/answers.txt"),
         ("name=a/b", "without slashes"),

@@ -367,7 +367,18 @@ def test_a_picture_for_each_model_with_a_curve(config, tmp_path):
     config = replace(config, sparsities=(0.5, 0.7, "2:4"))
     given = "sdsa:tau=1,m=0.6,depth=0.5"
     config = replace(config, methods=(*config.methods, Methods(allocations=(given, "explicit@layer:0.5,0.6"))))
-    drawn = ("wanda", "wanda/cg", "wanda+sdsa", "wanda+owl:tuned", f"wanda+{given}", "wanda+explicit@layer:0.5,0.6")
+    own = str(tmp_path / "my own.py")
+    config = replace(config, methods=(*config.methods, Methods(allocations=(own, f"{own}@layer"))))
+    drawn = (
+        "wanda",
+        f"wanda+{own}",
+        f"wanda+{own}@layer",
+        "wanda/cg",
+        "wanda+sdsa",
+        "wanda+owl:tuned",
+        f"wanda+{given}",
+        "wanda+explicit@layer:0.5,0.6",
+    )
     nlls = {f"{method} at {share}": 4.0 + i for method in drawn for i, share in enumerate(("50%", "70%"))}
     assert write_plots(tmp_path, [findings(config, nlls)]) == [], "no dense row, no picture"
     drawn = findings(config, nlls | {"dense": 3.0, "wanda at 70%": 800.0})
@@ -544,10 +555,24 @@ def test_algorithms_from_files_are_compared_too(config, tmp_path):
     assert (algorithm.group, algorithm.update, algorithm.allocation.parameters["m"]) == ("matrix", "cg", 0.3)
     assert methods[1].algorithm(Target(0.5, "2:4")).group == "2:4"
     assert methods[1].algorithm(Target(0.6)).allocation.name == "uniform"
+    sparse = tmp_path / "sparse.py"
+    sparse.write_text("# group: 2:4\ndef score(W):\n    return W.abs()\n")
+    check_comparison(replace(config, methods=(Methods((str(sparse),)),), sparsities=(0.5, "1:4")))
     for methods, message in (
+        (Methods((str(sparse),)), "sparsities holds 60%, and .*sparse.py is for 2:4, which means 50%"),
         (Methods(("wanda",), ("none",), ("own",)), "methods.allocations holds 'own' beside the score wanda"),
         (Methods((str(tmp_path / "no.py"),)), "cannot read"),
         (Methods((str(file),), ("none",), ("own:tuned",)), "what a file says itself cannot be tuned"),
     ):
         with pytest.raises(InputError, match=message):
             check_comparison(replace(config, methods=(methods,)))
+
+
+def test_an_allocation_from_a_file_is_found_from_anywhere(config, tmp_path, monkeypatch):
+    (tmp_path / "ours.py").write_text("def allocate(profile, sparsity):\n    return profile.fill(1 - sparsity)\n")
+    monkeypatch.chdir(tmp_path)
+    methods = (Methods(("wanda",), ("none",), ("ours.py", "ours.py@layer", "sdsa@layer:tuned")),)
+    (group,) = settled(replace(config, methods=methods)).methods
+    assert group.allocations == (f"{tmp_path}/ours.py", f"{tmp_path}/ours.py@layer", "sdsa@layer:tuned")
+    with pytest.raises(InputError, match="'ours.py:tuned': ours.py has no parameters to tune"):
+        check_comparison(replace(config, methods=(Methods(allocations=("ours.py:tuned",)),)))

@@ -7,6 +7,7 @@ import pytest
 from autoprune.actors.messages import Answer, Evaluation, Probe, Request
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.models.errors import InputError
+from autoprune.pipeline.checkpoint import Journal, journal_line
 from autoprune.pipeline.config import Budgets
 from autoprune.pipeline.ledger import Ledger
 
@@ -72,7 +73,7 @@ def test_what_the_search_has_not_come_to_is_not_spent(make):
     again.restore(used, 12.0)
     assert again.spent.answers == 2 and again.spent.evaluations == 0 and again.left("evaluations") == 2
     again.measure([TWO], "fitness")
-    assert again.left("evaluations") == 1 and again.spent.total == 12.0
+    assert again.left("evaluations") == 1 and again.spent.total == pytest.approx(12.0, abs=0.1)
     assert again.asked(1, 0) and not again.asked(1, 1)
 
 
@@ -88,6 +89,21 @@ def test_each_budget_is_used_up_at_its_bound(make, budget, bound, other):
         if ends:
             assert ledger.exhausted() == f"{budget} ({bound:g})" and ledger.left(budget) == 0
             assert f"of {bound:,.0f}" in ledger.line()
+
+
+def test_the_time_of_what_a_killed_sitting_did_after_its_last_checkpoint_counts(make, tmp_path):
+    make().measure([ONE], "fitness")
+    journal = tmp_path / "journal.jsonl"
+    (record,) = Journal(journal)
+    journal.write_bytes(journal_line(record | {"seconds": 3600.0}))
+    again = make(wall_clock=3000)
+    assert again.exhausted() is None, "the search has not come to it"
+    again.measure([ONE], "fitness")
+    assert again.exhausted() == "wall_clock (3000)" and 3600 <= again.spent.total < 3610
+    restored = make()
+    restored.restore([[0, 0]], 3700.0)
+    restored.measure([ONE], "fitness")
+    assert restored.spent.total == 3700.0, "it is in what the checkpoint says"
 
 
 def test_what_brought_evaluators_down_is_not_tried_again(make):

@@ -7,7 +7,7 @@ import pytest
 from local import LocalEvaluator, SilentProgress, local_search, small_config, without_clock
 
 from autoprune.actors.storage import Storage, below
-from autoprune.models.errors import InputError, TakenOver
+from autoprune.models.errors import InputError, Lost, TakenOver
 from autoprune.pipeline.mirror import Mirror, fetch
 from autoprune.pipeline.search import Search
 
@@ -90,6 +90,22 @@ def test_of_two_searches_on_one_storage_the_first_stops(tmp_path, storage):
     assert {name: storage.read(name) for name in storage.names()} == before
     second.saved("generation-0001", records)
     assert not said.said
+
+
+def test_what_another_search_wrote_while_this_one_started_is_not_lost(tmp_path, storage):
+    """It had fetched before: its models took minutes to load."""
+    first, second = (Mirror(storage, print, tmp_path / name) for name in ("a", "b"))
+    records = [{"n": 0}]
+    first.begin(b"config", records)
+    fetched = list(records)
+    first.appended([*records, {"n": 1}])
+    with pytest.raises(Lost, match="another search went on with this run in .* while this one started"):
+        second.begin(b"config", fetched)
+    with pytest.raises(TakenOver):
+        first.appended([*records, {"n": 1}, {"n": 2}])
+    assert fetch(storage, tmp_path / "third")
+    lines = (tmp_path / "third" / "journal.jsonl").read_text().splitlines()
+    assert [json.loads(line)["record"] for line in lines] == [*records, {"n": 1}]
 
 
 def test_the_mlflow_run_goes_with_the_copy_and_a_fetch_that_was_cut_off_is_done_again(tmp_path, storage):

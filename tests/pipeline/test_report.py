@@ -260,13 +260,25 @@ def test_the_band_about_the_best_is_two_paired_errors_of_its_gain(lineage):
 
 def test_pictures_say_what_fitness_is_of_several_cases(lineage, tmp_path, monkeypatch):
     labels = []
-    monkeypatch.setattr(plots, "_png", lambda figure: labels.extend(a.get_ylabel() for a in figure.axes) or b"")
+
+    def look(figure):
+        labels.extend(axes.get_ylabel() for axes in figure.axes)
+        for axes in figure.axes:
+            named = dict(zip((text.get_text() for text in axes.get_yticklabels()), axes.get_yticks(), strict=True))
+            if "poison" in named:
+                low, high = axes.get_ylim()
+                assert {"screened", "surplus", "repeat"} <= set(named)
+                assert all(low < height < high for height in named.values())
+                labels.append("strip")
+        return b""
+
+    monkeypatch.setattr(plots, "_png", look)
     cases = {"cases": [{"name": "a to 50%", "report_nll": {"dense": 3.0}}]}
     cases |= {"config": {"seed": 0, "target": {"combine": "worst"}}}
     for more, measure in (({}, "perplexity on"), (cases, "perplexity × dense, worst of all cases, on")):
         labels.clear()
         write_report(tmp_path, lineage, with_more(lineage, **more))
-        assert labels.count(f"{measure} the fitness split (log scale)") == 2
+        assert labels.count(f"{measure} the fitness split (log scale)") == 2 and "strip" in labels
 
 
 def test_what_blocks_cost_and_what_was_refuted_is_told(lineage, tmp_path):

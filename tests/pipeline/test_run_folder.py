@@ -1,12 +1,14 @@
 """What a killed process leaves in a run's folder is cleared by whoever goes on with it, and by nobody else."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 from local import small_config
 
-from autoprune.models.errors import InputError
-from autoprune.pipeline.run_folder import open_folder
+from autoprune.actors.storage import Storage
+from autoprune.models.errors import InputError, Lost
+from autoprune.pipeline.run_folder import begun, open_folder
 
 
 def test_what_a_killed_export_left_goes_when_the_run_is_resumed_and_not_under_a_running_search(tmp_path):
@@ -22,3 +24,19 @@ def test_what_a_killed_export_left_goes_when_the_run_is_resumed_and_not_under_a_
     with ExitStack() as held:
         open_folder(config.folder, config, True, held)
         assert not rest.exists()
+
+
+def test_a_storage_that_is_away_is_one_clear_line_that_says_where(tmp_path, monkeypatch):
+    config = replace(small_config(tmp_path), storage=str(tmp_path / "copy"))
+
+    def away(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(Storage, "read", away)
+    for action in (
+        lambda held: begun(config),
+        lambda held: open_folder(config.folder, config, False, held),
+        lambda held: open_folder(config.folder, config, True, held),
+    ):
+        with ExitStack() as held, pytest.raises(Lost, match=f"cannot get the run from storage {tmp_path}.*no network"):
+            action(held)

@@ -44,7 +44,8 @@ def test_new_scores_are_compared_where_the_probe_likes_them_better(tmp_path, fre
     measured = len(fresh.measured)
     written = [c for c in search.lineage if c.operator not in ("seed", "tune") and "probe" in c.rungs]
     lineage = search.lineage
-    new = [c for c in written if all(lineage[p].algorithm.score != c.algorithm.score for p in c.parents)]
+    read = {c.id: [p for p in map(lineage.__getitem__, c.parents) if p.algorithm is not None] for c in written}
+    new = [c for c in written if all(p.algorithm.score != c.algorithm.score for p in read[c.id])]
     assert any(c.regrouped for c in new)
     for candidate in new:
         other = replace(candidate.algorithm, group={"row": "matrix", "matrix": "row"}[candidate.algorithm.group])
@@ -166,6 +167,7 @@ def test_a_finished_search_resumed_does_nothing(tmp_path, fresh):
     assert len(fresh.measured) == count
     assert without_clock(again.lineage) == without_clock(first.lineage)
     assert again.spent.answers == first.spent.answers
+    assert again.tracker.generations == first.tracker.generations, "metrics that the store may lack"
 
 
 def test_a_search_is_not_resumed_on_another_text(tmp_path, fresh, monkeypatch):

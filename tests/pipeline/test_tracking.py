@@ -216,6 +216,42 @@ def test_a_resumed_search_goes_on_in_the_same_runs(uri, tmp_path):
     assert parent.data.params["target.model"] == "smollm2" and parent.data.params["new"] == "1"
 
 
+def test_metrics_that_a_store_missed_are_written_when_the_run_is_resumed_and_no_others(uri, tmp_path):
+    first = started(uri, tmp_path)
+    first.generation(0, {"best_fitness_nll": 5.0})
+    first.finish("KILLED", {}, [])
+    second = started(uri, tmp_path)
+    for generation in range(3):
+        second.generation(generation, {"best_fitness_nll": 5.0 - generation})
+    client, parent, _ = store(uri)
+    history = client.get_metric_history(parent.info.run_id, "best_fitness_nll")
+    assert [(m.step, m.value) for m in history] == [(0, 5.0), (1, 4.0), (2, 3.0)]
+
+
+def test_a_run_is_resumed_without_its_store_which_catches_up(uri, tmp_path, caplog):
+    """As a job is that is tried again while the server is away; a new run has nobody to write for."""
+    lineage, first = small_lineage(), started(uri, tmp_path)
+    first.candidate(lineage["seed-wanda"], [])
+    first.generation(0, {"best_fitness_nll": 5.0})
+    other = sqlite3.connect(tmp_path / "mlflow.db")
+    other.execute("ALTER TABLE experiments RENAME TO away")
+    second = started(uri, tmp_path, CONFIG | {"new": 1})
+    assert "no such table" in caplog.text and caplog.text.count("\n") == 1
+    track(second, lineage)
+    second.generation(0, {"best_fitness_nll": 5.0})
+    with pytest.raises(InputError, match="start the server"):
+        MlflowTracker(uri, "demo", "new", tmp_path / "new").start(CONFIG)
+    other.execute("ALTER TABLE away RENAME TO experiments")
+    other.close()
+    second.generation(1, {"best_fitness_nll": 4.0})
+    second.finish("FINISHED", {}, [])
+    client, parent, children = store(uri)
+    assert set(children) == {"seed-wanda", "g1-c0", "g1-c1"} and parent.data.params["new"] == "1"
+    assert parent.info.status == "FINISHED"
+    history = client.get_metric_history(parent.info.run_id, "best_fitness_nll")
+    assert sorted((m.step, m.value) for m in history) == [(0, 5.0), (1, 4.0)]
+
+
 def test_code_texts_models_and_the_machine_are_told(uri, tmp_path, monkeypatch):
     monkeypatch.setattr("autoprune.pipeline.tracking_context.PERIOD", 0.05)
     tracker = started(uri, tmp_path)
