@@ -18,8 +18,8 @@ from autoprune.models.loading import HUB_MODEL, load_config, resolve_model
 from autoprune.models.shard import GRADIENT_WINDOWS, PROFILE_WINDOWS, WINDOWS_AT_ONCE
 
 ARCHITECTURES = Path(__file__).parent / "architectures"  # of models that are bundled, or large and well known
-# Multiplications in whose time a logit is written and becomes a likelihood: SmolLM2-135M's head took as long as 12 to 13
-# of its blocks on a CPU, and has the weights of 8.
+# Multiplications in whose time a logit is written and becomes a likelihood: SmolLM2-135M's head took as long as 12 to
+# 13 of its blocks on a CPU, and has the weights of 8.
 LOGIT = 300
 
 
