@@ -188,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="show what a search found")
     report.add_argument("folder", metavar="RUN", help="name or folder of a run")
+    report.add_argument("--json", action="store_true", help="as JSON, what report.json in its folder holds")
     report.set_defaults(run=run_commands.report)
     return parser
 

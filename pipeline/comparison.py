@@ -23,8 +23,8 @@ from autoprune.algorithms.rules import RANGES, REVISIONS
 from autoprune.algorithms.scores import BASELINES, NATIVE
 from autoprune.algorithms.tuning import MOST_EVALUATIONS
 from autoprune.models.errors import InputError
-from autoprune.pipeline.config import DTYPES, Data, Tracking, check_data, check_name, one_of
-from autoprune.pipeline.config_reading import plain, read_config
+from autoprune.pipeline.config import DTYPES, Data, Tracking, check_data
+from autoprune.pipeline.config_reading import MLFLOW_KEYS, check_address, check_name, one_of, plain, read_config
 from autoprune.pipeline.population import baseline, read_allocation, read_score
 
 # Of a cell's file and key: raise it when the meaning of a figure changes, and everything is measured anew. What an
@@ -298,6 +298,7 @@ def check_comparison(config: Comparison) -> None:
     if config.side_by_side < 1:
         raise InputError(f"side_by_side is {config.side_by_side}: expected 1 or more")
     check_data(config.data)
+    check_address("tracking.uri", config.tracking.uri, MLFLOW_KEYS)
     config.targets()
     names: dict[str, str] = {name: name for name in (*BASELINES, *NATIVE)}
     for score in (score for group in config.methods for score in group.scores if score.endswith(FILE)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import typing
@@ -18,7 +17,7 @@ from autoprune.algorithms.algorithm import Group
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
 from autoprune.models.errors import InputError
 from autoprune.models.loading import HUB_ID
-from autoprune.pipeline.config_reading import build, plain, read_mapping
+from autoprune.pipeline.config_reading import MLFLOW_KEYS, build, check_address, check_name, one_of, plain, read_mapping
 
 GENERATOR_KINDS = ("vllm", "openai", "genetic", "grammar", "scripted")
 ALLOCATIONS = ("sdsa", "written")
@@ -316,6 +315,9 @@ def check_config(config: Config) -> None:
     """InputError, one line, for values that no search can run with. Does not look at models, texts or the network."""
     target, generator, data, search = config.target, config.generator, config.data, config.search
     check_name(config.name)
+    check_address("storage", config.storage, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    check_address("tracking.uri", config.tracking.uri, MLFLOW_KEYS)
+    check_address("generator.base_url", generator.base_url, generator.api_key_variable)
     if config.seed < 0:
         raise InputError(f"seed is {config.seed}: expected 0 or more")
     for index, case in enumerate(target.every):
@@ -433,12 +435,6 @@ def _check_uniform(group: str, search: SearchPlan) -> None:
         raise InputError(f"search.seeds are {seeds}: {reason}; expected scores alone, such as {expected}")
 
 
-def check_name(name: str) -> None:
-    """InputError for a name of a run that cannot be that of a folder."""
-    if not name or "/" in name or name.startswith("."):
-        raise InputError(f"name is {name!r}: expected a folder name without slashes")
-
-
 def check_data(data: Data) -> None:
     """InputError for numbers that no text can be cut by."""
     for name in ("calibration_windows", "fitness_windows", "report_windows"):
@@ -447,13 +443,6 @@ def check_data(data: Data) -> None:
             raise InputError(f"data.{name} is {value}: expected more than 0")
     if data.context < 2:
         raise InputError(f"data.context is {data.context}: expected at least 2 tokens")
-
-
-def one_of(key: str, value: str, choices: typing.Sequence[str]) -> None:
-    """InputError for a value that is none of these, with the nearest of them."""
-    if value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
-        raise InputError(f"{key} is {value!r}: expected {' or '.join(choices)}" + (f"; {near[0]}?" if near else ""))
 
 
 # What a run may be resumed with other values of: where it lies, what it may use, and where it runs. None of it changes

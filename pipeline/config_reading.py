@@ -16,6 +16,8 @@ import yaml
 
 from autoprune.models.errors import InputError
 
+MLFLOW_KEYS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"  # of the environment
+
 
 class _Loader(yaml.SafeLoader):
     """Takes 2:4 for a text. YAML 1.1 takes it for a number to the base 60."""
@@ -136,3 +138,25 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is float and not math.isfinite(value):
         raise InputError(f"{where} is {value}: expected a number that is finite")
     return value
+
+
+def check_name(name: str) -> None:
+    """InputError for a name of a run that cannot be that of a folder."""
+    if not name or "/" in name or name.startswith("."):
+        raise InputError(f"name is {name!r}: expected a folder name without slashes")
+
+
+def one_of(key: str, value: str, choices: typing.Sequence[str]) -> None:
+    """InputError for a value that is none of these, with the nearest of them."""
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        raise InputError(f"{key} is {value!r}: expected {' or '.join(choices)}" + (f"; {near[0]}?" if near else ""))
+
+
+def check_address(key: str, address: str, variables: str) -> None:
+    """InputError for one that holds a password. variables: of the environment, where it belongs."""
+    if re.match(r"[\w+.-]+://[^/?@]*:[^?@]*@", address) and not re.match(r"[\w+.-]+://[\w.-]+:\d+/", address):
+        raise InputError(
+            f"{key} holds a password, which would stand in the run's folder and in MLflow: leave it out, and set "
+            f"{variables} instead"
+        )

@@ -34,7 +34,8 @@ QUIET = "#8a8a8a"
 COLUMN = 0.9  # inches for each generation
 LABEL = 0.75  # inches between the middles of two labels that do not touch
 PATH = "#222222"
-REFERENCES = ("wanda", "wanda+sdsa")  # rows of the summary's table drawn as lines: uniform, and our allocation
+# Rows of the summary's table drawn as lines, and how: uniform, our allocation, and what nothing is removed of.
+REFERENCES = {"wanda": "--", "wanda+sdsa": ":", "dense": "-"}
 OUTLIER = 1.4  # candidates above this multiple of the worst that matters are drawn at the upper edge
 ALLOCATIONS = ("uniform", "owl", "dlp", "atp", "dsa", "alphapruning", "sdsa")  # coloured as COLOURS, in this order
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)), (0, (9, 3)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 4)))
@@ -212,8 +213,9 @@ def progress_png(lineage: Lineage, references: dict[str, float], title: str, mea
     figure = Figure(figsize=(9.5, 5.2))
     axes = figure.subplots()
     top = _perplexity_axis(axes, values, [best[-1], *references.values()], measure)
-    for (name, value), style in zip(references.items(), ("--", ":"), strict=False):
-        axes.axhline(value, color=QUIET, linestyle=style, linewidth=1.4, label=f"{name} ({_number(value)})", zorder=1)
+    for name, value in sorted(references.items(), key=lambda reference: -reference[1]):
+        style = {"linestyle": REFERENCES[name], "linewidth": 1.0 if name == "dense" else 1.4}
+        axes.axhline(value, color=QUIET, label=f"{name} ({_number(value)})", zorder=1, **style)
     within = [min(b, top) for b in best]
     label = f"best so far ({_number(best[-1])})"
     axes.step(list(number.values()), within, where="post", color=PATH, linewidth=2, zorder=2, label=label)

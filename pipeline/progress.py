@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from rich.console import Console
@@ -27,7 +27,7 @@ class ConsoleProgress:
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
-        self._summary = ""
+        self._summary = self._flights = ""
 
     def say(self, text: str) -> None:
         self.console.print(f"[dim]{datetime.now():%H:%M:%S}[/dim] ", escape(text), sep="", soft_wrap=True)
@@ -48,6 +48,10 @@ class ConsoleProgress:
             ]
         )
 
+    def flights(self, counts: Sequence[int]) -> None:
+        """What stands beside the bar, too: candidates at each shard."""
+        self._flights = f"in flight {'+'.join(map(str, counts))} · " if any(counts) else ""
+
     def step(self, what: str, done: int, total: int) -> None:
         if not self.console.is_terminal:
             return
@@ -60,9 +64,10 @@ class ConsoleProgress:
                 TextColumn("[dim]{task.fields[summary]}[/dim]"),
             )
             self._bar = Progress(*columns, console=self.console, transient=True)
-            self._bar.add_task(what, total=total, summary=self._summary)
+            self._bar.add_task(what, total=total, summary="")
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], description=what, completed=done, total=total, summary=self._summary)
+        summary = self._flights + self._summary
+        self._bar.update(self._bar.task_ids[0], description=what, completed=done, total=total, summary=summary)
         if done >= total:
             self._bar.stop()
             self._bar = None

@@ -133,17 +133,22 @@ def _seeds_with_allocation(lineage: Lineage, best: Candidate) -> list[Candidate]
 # Terminal
 
 
-def print_report(folder: Path, console: Console) -> None:
-    """Table, counts, time, best algorithm and where everything is; InputError when the run has no report."""
+def read_report(folder: Path) -> dict:
+    """What report.json in a run's folder holds; InputError where there is none."""
     path = folder / "report.json"
     try:
-        summary = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(
             f"{folder} holds no finished run (there is no report.json); check the path, or let the search finish"
         ) from None
     except ValueError as error:
         raise InputError(f"{path} cannot be read ({error}); run the search again to write it anew") from None
+
+
+def print_report(folder: Path, console: Console) -> None:
+    """Table, counts, time, best algorithm and where everything is; InputError when the run has no report."""
+    summary = read_report(folder)
     console.print(table(summary))
     # Brackets in names and paths are text, not Rich's markup; a path must stay on one line to be copied.
     for line in (f"Candidates: {counts_line(summary)}", f"Time: {time_line(summary)}", f"Best: {summary['best']}"):

@@ -144,7 +144,8 @@ def lineage(options: argparse.Namespace) -> None:
         stored_lineage,
         table,
     )
-    from autoprune.pipeline.config import load_config, one_of
+    from autoprune.pipeline.config import load_config
+    from autoprune.pipeline.config_reading import one_of
     from autoprune.pipeline.lineage import STATUSES
 
     folder = _run_folder(options.folder)
@@ -200,7 +201,13 @@ def register(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    _print_report(_run_folder(options.folder))
+    folder = _run_folder(options.folder)
+    if options.json:
+        from autoprune.pipeline.report import read_report
+
+        print(json.dumps(read_report(folder), indent=1))
+    else:
+        _print_report(folder)
 
 
 def _print_report(folder: Path) -> None:

@@ -28,7 +28,7 @@ class Status:
         console: ConsoleProgress,
         in_flight: Callable[[], list[list[int]]] = list,
         restarts: Callable[[], int] = int,
-        metrics: Callable[[Mapping[str, float]], None] | None = None,
+        metrics: Callable[[Mapping[str, float | Mapping[str, float]]], None] | None = None,
     ) -> None:
         """in_flight: candidates at each shard of each replica; restarts: of evaluators so far; metrics: takes them by
         name (see `actors.metrics`)."""
@@ -68,6 +68,7 @@ class Status:
     def _write(self) -> None:
         flights = [] if "ended" in self._facts else self._in_flight()
         self._facts |= {"in_flight": flights, "restarts": self._restarts(), "updated": time.time()}
+        self._console.flights(by_shard(flights))
         temporary = self._file.with_name(f".{STATUS}.tmp")
         temporary.write_text(json.dumps(self._facts))  # not synced: who looks wants the newest, not the safest
         os.replace(temporary, self._file)
@@ -75,14 +76,20 @@ class Status:
             self._metrics(_metrics(self._facts))
 
 
-def _metrics(facts: Mapping) -> dict[str, float]:
+def by_shard(flights: list[list[int]]) -> list[int]:
+    """Candidates at each shard, over all replicas."""
+    return [sum(counts) for counts in zip(*flights, strict=True)]
+
+
+def _metrics(facts: Mapping) -> dict[str, float | dict[str, float]]:
     spent = facts["spent"]
     found = {
         "generation": facts["generation"],
         "answers": spent["answers"],
         "evaluations": spent["evaluations"],
         "cheap_evaluations": spent["cheap"],
-        "in_flight": sum(map(sum, facts["in_flight"])),
+        "in_flight": {str(shard): count for shard, count in enumerate(by_shard(facts["in_flight"]))},
+        "budget_left": {name: amount for name, amount in facts["left"].items() if amount is not None},
         "evaluator_restarts": facts["restarts"],
     }
     if facts["best"]:

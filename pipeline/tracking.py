@@ -54,9 +54,11 @@ PER_GENERATION = "best_fitness_nll"  # a metric that every generation has
 
 
 def quiet_mlflow() -> None:
-    """Before MLflow is imported: no usage reports, no chatter, and no long retries inside a call."""
+    """Before MLflow is imported: no usage reports, no chatter, no long retries inside a call, and no
+    model that would be unpickled."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_TIMEOUT))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     import mlflow  # noqa: F401  sets up its loggers, which are then made quiet

@@ -60,3 +60,11 @@ def test_every_library_that_is_imported_is_required():
             ):
                 distributions = {name.lower().replace("_", "-") for name in known.get(library, [library])}
                 assert distributions & required, f"{file} imports {library}, which setup.cfg does not require"
+
+
+def test_nothing_of_ours_is_pickled():
+    for floor in (*FLOORS, "autoprune"):
+        for file in (ROOT / floor).rglob("*.py"):
+            libraries = {name.partition(".")[0] for name in imported(file) if name}
+            assert not libraries & {"pickle", "cloudpickle", "dill", "joblib", "shelve"}, file
+            assert not re.search(r"\btorch\.(save|load)\(|allow_pickle=True", file.read_text()), file

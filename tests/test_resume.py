@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 from searches import (
@@ -18,6 +19,9 @@ from searches import (
     wait_for_answers,
 )
 
+from autoprune.pipeline.checkpoint import Journal, load_checkpoint
+from autoprune.pipeline.ledger import JOURNAL
+
 
 def interrupt(arguments: list[str], folder: Path, generation: int, number: signal.Signals) -> tuple[int, str]:
     """Starts a search, sends its driver the signal while it measures a generation's answers, and waits until nothing of
@@ -30,6 +34,9 @@ def interrupt(arguments: list[str], folder: Path, generation: int, number: signa
     try:
         wait_for_answers(folder, generation, driver)
         driver.send_signal(number)
+        time.sleep(2)
+        loaded = load_checkpoint(folder / "checkpoint")
+        assert loaded.generation >= 0 and not loaded.damaged and Journal(folder / JOURNAL)
         driver.wait(60)
     finally:
         driver.kill()  # where it did not end
@@ -41,7 +48,10 @@ def interrupt(arguments: list[str], folder: Path, generation: int, number: signa
 def test_a_search_that_is_stopped_and_killed_ends_as_one_that_is_left_alone(whole, tiny_model, tmp_path):
     folder = tmp_path / "disturbed"
     begin = search_command("smoke.yaml", tmp_path, *brief(tiny_model), f"name={folder.name}")
-    code, said = interrupt(begin, folder, 1, signal.SIGTERM)
+    code, said = interrupt(begin, folder, 1, signal.SIGINT)
+    assert code == 130, said
+    assert f"autoprune search --resume {folder}" in said and "Traceback" not in said
+    code, said = interrupt(command("search", "--resume", folder), folder, 1, signal.SIGTERM)
     assert code == 143, said
     assert f"autoprune search --resume {folder}" in said
     assert "Traceback" not in said

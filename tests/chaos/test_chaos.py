@@ -128,7 +128,7 @@ def test_whatever_is_killed_the_search_ends_as_if_nothing_had_been(nodes, model,
         assert driver.poll() is None, (tmp_path / "driver.err").read_text()[-3000:]
         driver = kill(next(victims), rng, nodes, driver, folder, model)
         done += 1
-    assert done == min(KILLS, total - 2)
+    assert done == KILLS, "the search has too few records for so many"
     finish(driver, folder)
     check(folder, whole)
 
@@ -142,6 +142,7 @@ def test_a_driver_that_is_killed_at_any_moment_goes_on(nodes, model, whole, tmp_
         if driver.poll() is not None:
             finish(driver, folder)
             (folder / "done").unlink()
+            driver = start(nodes[0], folder, model)
         driver = kill("driver", rng, nodes, driver, folder, model)
     finish(driver, folder)
     check(folder, whole)

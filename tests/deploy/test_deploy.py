@@ -449,6 +449,7 @@ def test_mlflow_has_no_password_of_ours_and_is_not_in_the_open():
     assert port.startswith("${MLFLOW_BIND:-127.0.0.1}:") and port.endswith(f":{services['server']['command'][7]}")
     hosts = services["server"]["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"]
     assert hosts == "${MLFLOW_ALLOWED_HOSTS:-localhost:*,127.0.0.1:*}"
+    assert services["server"]["environment"]["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
 
 
 # --- all of them

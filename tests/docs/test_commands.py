@@ -122,7 +122,11 @@ def test_mlflow_takes_a_filter(command, place):
     from mlflow import MlflowClient
 
     memory = json.loads((place.folder / "runs" / "demo" / "mlflow.json").read_text())
-    MlflowClient(memory["uri"]).search_runs([memory["experiment_id"]], command.text)
+    client = MlflowClient(memory["uri"])
+    client.search_runs([memory["experiment_id"]], command.text)
+    data = [run.data for run in client.search_runs([memory["experiment_id"]])]
+    kind, name = re.match(r"(\w+)\.`?([\w.]+)", command.text).groups()
+    assert any(name in getattr(one, kind) for one in data), f"no run has {name}"
 
 
 @pytest.mark.parametrize("command", MARKED, ids=str)

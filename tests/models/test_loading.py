@@ -43,6 +43,17 @@ def test_a_configuration_with_values_of_another_kind_is_one_line(tiny_model, tmp
     assert "\n" not in str(error.value)
 
 
+def test_code_of_a_model_is_not_run(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "theirs.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w').close()\n")
+    options = json.loads((folder / "config.json").read_text()) | {"model_type": "theirs"}
+    maps = {"auto_map": {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}}
+    (folder / "config.json").write_text(json.dumps(options | maps))
+    with pytest.raises(InputError, match="cannot read the model configuration") as error:
+        load_config(folder)
+    assert "\n" not in str(error.value) and not (tmp_path / "was run").exists()
+
+
 def test_one_file_of_weights_counts_more_than_an_index_that_is_left_over(tiny_model, tmp_path):
     """As for transformers: a model was saved as one file where it had been in parts."""
     folder = shutil.copytree(tiny_model, tmp_path / "model")

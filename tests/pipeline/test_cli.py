@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from safetensors import safe_open
 from searches import command, run
 
-from autoprune.actors.metrics import GAUGES
+from autoprune.actors.metrics import GAUGES, TAGS
 from autoprune.models.errors import InputError
 from autoprune.pipeline.cli import main
 from autoprune.pipeline.config import load_config
@@ -95,6 +96,9 @@ def refused(capsys, *arguments: object) -> str:
         ("generator.kind=openai generator.base_url=http://127.0.0.1:9/v1", "no answer from http://127.0.0.1:9/v1"),
         ("generator.answers=/no/answers.txt", "/no/answers.txt"),
         ("name=a/b", "without slashes"),
+        ("storage=s3://key:hidden@bucket/runs", "storage holds a password"),
+        ("tracking.uri=http://user:hidden@host:5000", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        ("generator.kind=openai generator.base_url=http://user:hidden@host/v1", "set OPENAI_API_KEY instead"),
         ("runs=/proc/nowhere", "/proc/nowhere"),
         ("tracking.uri=postgres://nowhere", "postgres://nowhere"),
     ],
@@ -417,7 +421,16 @@ def test_status_says_how_far_a_search_is(capsys, tmp_path):
                      "replica 1: 0 3 candidates in flight", "4 evaluators were made anew", "30 tokens/s, 1800 eval",
                      "left: 40 calls", "running, last heard of 0 s ago"):  # fmt: skip
             assert part in text
-        assert told[0]["in_flight"] == 6 and told[0]["best_fitness_nats"] == 4.0 and set(told[0]) == set(GAUGES)
+        assert told[0]["in_flight"] == {"0": 2, "1": 4} and told[0]["budget_left"] == {"calls": 40.0}
+        assert told[0]["best_fitness_nats"] == 4.0 and set(told[0]) == set(GAUGES)
+        assert {name for name, value in told[0].items() if isinstance(value, dict)} == set(TAGS)
+        console.console = Console(file=io.StringIO(), force_terminal=True, width=200)
+        status.step("evaluating (fitness)", 5, 8)
+        status.step("evaluating (fitness)", 8, 8)  # the bar goes
+        drawn = console.console.file.getvalue()
+        for part in ("evaluating (fitness)", "8/8", "in flight 2+4", "generation 2/9", "best 54.60", "30 tok/s",
+                     "1800 evaluations/h", "left 40 calls"):  # fmt: skip
+            assert part in drawn
     assert "gone, last heard" in shown(capsys, "status", folder)
     status.state({"best": {"id": "g01-c01", "nll": 0.5, "combined": "worst", "final": True}})
     status.end("stopped")

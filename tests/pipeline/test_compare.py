@@ -34,6 +34,8 @@ from autoprune.pipeline.config import Data
 
 DOCUMENT = "The quick brown fox jumps over the lazy dog while the sun goes down behind the hills. " * 4
 
+ALLOCATE = "def allocate(profile, sparsity):\n    return profile.numel / profile.numel\n"
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Data:
@@ -368,6 +370,7 @@ def test_a_picture_for_each_model_with_a_curve(config, tmp_path):
     given = "sdsa:tau=1,m=0.6,depth=0.5"
     config = replace(config, methods=(*config.methods, Methods(allocations=(given, "explicit@layer:0.5,0.6"))))
     own = str(tmp_path / "my own.py")
+    Path(own).write_text(ALLOCATE)
     config = replace(config, methods=(*config.methods, Methods(allocations=(own, f"{own}@layer"))))
     drawn = (
         "wanda",
@@ -558,6 +561,7 @@ def test_algorithms_from_files_are_compared_too(config, tmp_path):
     sparse = tmp_path / "sparse.py"
     sparse.write_text("# group: 2:4\ndef score(W):\n    return W.abs()\n")
     check_comparison(replace(config, methods=(Methods((str(sparse),)),), sparsities=(0.5, "1:4")))
+    config = replace(config, sparsities=(0.6,))
     for methods, message in (
         (Methods((str(sparse),)), "sparsities holds 60%, and .*sparse.py is for 2:4, which means 50%"),
         (Methods(("wanda",), ("none",), ("own",)), "methods.allocations holds 'own' beside the score wanda"),
@@ -569,7 +573,7 @@ def test_algorithms_from_files_are_compared_too(config, tmp_path):
 
 
 def test_an_allocation_from_a_file_is_found_from_anywhere(config, tmp_path, monkeypatch):
-    (tmp_path / "ours.py").write_text("def allocate(profile, sparsity):\n    return profile.fill(1 - sparsity)\n")
+    (tmp_path / "ours.py").write_text(ALLOCATE)
     monkeypatch.chdir(tmp_path)
     methods = (Methods(("wanda",), ("none",), ("ours.py", "ours.py@layer", "sdsa@layer:tuned")),)
     (group,) = settled(replace(config, methods=methods)).methods

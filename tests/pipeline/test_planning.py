@@ -85,6 +85,20 @@ def test_a_shipped_plan_agrees_with_the_whole_model(name):
 
 
 @pytest.mark.parametrize("name", LARGE)
+def test_a_shipped_configuration_is_for_other_sparsities_too(name):
+    path = CONFIGS / f"{name}.yaml"
+    line = re.search(r"^# Other sparsities: (.*?)\n# What", path.read_text(), re.DOTALL | re.MULTILINE)[1]
+    half, more, pattern = re.fullmatch(r"(.*), or (.*); .*?(--set .*)", line.replace("\\\n#", "")).groups()
+    given = [shlex.split(half)[1::2], [f"target.sparsity={more}"], shlex.split(pattern)[1::2]]
+    goals = []
+    for sets in given:
+        config = load_config(path, sets)
+        goals.append(config.target.goal)
+        assert plan(config, 80.0).problems == []
+    assert goals == ["50%", "70%", "2:4"]
+
+
+@pytest.mark.parametrize("name", LARGE)
 def test_what_a_shipped_configuration_says_of_itself_is_what_plan_says(name):
     path = CONFIGS / f"{name}.yaml"
     text = path.read_text()

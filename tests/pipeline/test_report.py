@@ -17,6 +17,7 @@ from autoprune.algorithms.algorithm import Algorithm, Allocation
 from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline import plots
+from autoprune.pipeline.cli import main
 from autoprune.pipeline.lineage import Candidate, Lineage
 from autoprune.pipeline.plots import gain_band
 from autoprune.pipeline.population import read_score
@@ -263,6 +264,7 @@ def test_pictures_say_what_fitness_is_of_several_cases(lineage, tmp_path, monkey
 
     def look(figure):
         labels.extend(axes.get_ylabel() for axes in figure.axes)
+        labels.extend(line.get_label() for axes in figure.axes for line in axes.get_lines())
         for axes in figure.axes:
             named = dict(zip((text.get_text() for text in axes.get_yticklabels()), axes.get_yticks(), strict=True))
             if "poison" in named:
@@ -279,6 +281,7 @@ def test_pictures_say_what_fitness_is_of_several_cases(lineage, tmp_path, monkey
         labels.clear()
         write_report(tmp_path, lineage, with_more(lineage, **more))
         assert labels.count(f"{measure} the fitness split (log scale)") == 2 and "strip" in labels
+        assert {label.partition(" (")[0] for label in labels} >= {"dense", "wanda", "wanda+sdsa"}
 
 
 def test_what_blocks_cost_and_what_was_refuted_is_told(lineage, tmp_path):
@@ -358,6 +361,24 @@ def test_the_table_loses_no_letter_of_a_long_name_and_takes_brackets_for_text(li
     console.print(table(summary))
     text = console.export_text()
     assert "models [/old]/tiny pruned to 60%" in text and "…" not in text
+
+
+def test_the_report_in_a_pipe_is_plain_and_as_json_what_the_file_holds(report, capsys):
+    folder = report[0]
+    (folder / "config.yaml").touch()
+    assert main(["report", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((folder / "report.json").read_text())
+    assert main(["report", str(folder)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_colours_are_left_out_where_nobody_wants_them(report, monkeypatch):
+    for no_colour, coloured in (("", True), ("1", False)):
+        monkeypatch.setenv("NO_COLOR", no_colour)
+        console = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
+        print_report(report[0], console)
+        codes = re.findall(r"\x1b\[([\d;]+)m", console.file.getvalue())
+        assert any(30 <= int(code) < 50 for one in codes for code in one.split(";")) == coloured
 
 
 def test_print_report_says_where_everything_is(report, monkeypatch):
