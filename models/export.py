@@ -60,7 +60,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out if there else out.parent))
         temporary.chmod(0o755)  # mkdtemp makes it private; a checkpoint is as readable as any other output
     except OSError as error:
-        raise InputError(f"cannot write to {out.parent}: {error.strerror}; choose another output folder") from None
+        place = out if there else out.parent
+        raise InputError(f"cannot write to {place}: {error.strerror}; choose another output folder") from None
     try:
         yield temporary
         if there:

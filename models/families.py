@@ -29,9 +29,7 @@ def build(config: PreTrainedConfig, name: object, dtype: torch.dtype) -> tuple[P
         if getattr(config, option, False):
             setattr(config, option, False)
     model, reason = None, ""
-    # Some families have the second alone; the first would leave out that attention is capped.
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    for attention in ("eager",) if capped else ("sdpa", "eager"):
+    for attention in ("eager",) if is_capped(config) else ("sdpa", "eager"):  # some families have the second alone
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
@@ -55,6 +53,11 @@ def build(config: PreTrainedConfig, name: object, dtype: torch.dtype) -> tuple[P
         f"{family}: expected a decoder with one list of num_hidden_layers = {count} blocks that hold linear layers; "
         f"found {', '.join(found[:3])}{' and others' if len(found) > 3 else ''}"
     )
+
+
+def is_capped(config: PreTrainedConfig) -> bool:
+    """Whether attention is capped, which transformers does in its plain form alone, and leaves out in the others."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def _lists(model: nn.Module, decoder: nn.Module) -> dict[str, int]:

@@ -67,7 +67,8 @@ class Workload:
 class ModelSizes:
     """Of a model: bytes of each block, of embedding, head, and what is in every shard; prunable weights of each block;
     of them at most so many in tensors that hold several experts; (rows, columns) of its largest matrix; elements of the
-    Gram matrices of a block's layers, at most; the inputs that its layers have; and its widths."""
+    Gram matrices of a block's layers, at most; the inputs that its layers have; its widths; and the attention heads
+    whose scores are held at a time, 0 where they are not."""
 
     blocks: tuple[int, ...]
     embedding: int
@@ -83,6 +84,7 @@ class ModelSizes:
     inner: int
     vocabulary: int
     element: int
+    heads: int
 
     @property
     def costs(self) -> list[int]:
@@ -123,6 +125,7 @@ def model_sizes(config: PretrainedConfig, name: str, dtype: str) -> ModelSizes:
         inner=max(max(shape) for shape in shapes),
         vocabulary=text.vocab_size,
         element=torch.empty(0, dtype=getattr(torch, dtype)).element_size(),
+        heads=text.num_attention_heads if text._attn_implementation == "eager" else 0,
     )
 
 
@@ -158,6 +161,8 @@ def footprint(sizes: ModelSizes, start: int, stop: int, load: Workload) -> Footp
     calibrating = 2 * load.windows[0] * window
     kept = PROFILE_WINDOWS * len(load.windows) * (stop - start) * load.context * sizes.hidden * 2  # bf16
     attention = WINDOWS_AT_ONCE * load.context * (4 * sizes.inner + 8 * sizes.hidden) * sizes.element
+    # Scores, in fp32 for their softmax, and what comes of it.
+    attention += WINDOWS_AT_ONCE * sizes.heads * load.context**2 * (4 + 2 * sizes.element)
     block = max(sizes.prunable[start:stop])
     gradients = backward = means = 0
     if "g_rms" in load.statistics:

@@ -85,7 +85,7 @@ class BlockChoice:
 
     bits: packed masks of the kept weights by layer; weights: what the layers' weights become, [out, in]; updated: those
     among them whose kept weights changed, too, fp32; fallbacks: experts that were pruned by magnitude for want of
-    tokens; dead: layers with inputs that were zero for every token, and how many; dampings: layers whose Hessian needed
+    text; dead: layers with inputs that were zero for every token, and how many; dampings: layers whose Hessian needed
     more damping than usual, and how much (as a multiple of its mean diagonal).
     """
 

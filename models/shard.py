@@ -35,7 +35,7 @@ class ShardReport:
 
     numels and pruned count prunable weights; errors are ‖h − h_dense‖ / ‖h_dense‖ after each block.
     window_nlls: nats per token and window, of the last shard only; window_kls: nats to the dense model, where it was
-    asked for. fallbacks: experts pruned by magnitude for want of tokens; dead_inputs: inputs of layers that were zero
+    asked for. fallbacks: experts pruned by magnitude for want of text; dead_inputs: inputs of layers that were zero
     for every token; damped: layers whose Hessian needed more damping than usual. seconds: of the pass, of which
     pruning_seconds went into scores, selection and updates.
     """

@@ -197,14 +197,17 @@ def _load_model(folder: Path, dtype: str, device: str, batch_size: int) -> LM:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM
 
+    from autoprune.models.families import is_capped
+
     class Harness(HFLM):
         def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             # Its bar is written several times a second for hours: not into a log.
             return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
 
-    load_config(folder)
+    attention = "eager" if is_capped(load_config(folder)) else None
+    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     try:
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        network = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:  # safetensors, transformers and torch each raise their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"cannot load the model in {folder}: {reason}") from error

@@ -131,8 +131,8 @@ def settled(config: Comparison) -> Comparison:
 
 def _absolute_allocation(text: str) -> str:
     """`FILE.py[@layer]` with the file's absolute path; any other as it is."""
-    file, at, rest = text.partition("@")
-    return f"{absolute(file)}{at}{rest}" if file.endswith(FILE) else text
+    file = text.removesuffix("@layer")
+    return absolute(file) + text[len(file) :] if file.endswith(FILE) else text
 
 
 def prepare(config: Comparison) -> list[Subject]:

@@ -133,7 +133,7 @@ class Method:
 
     def __str__(self) -> str:
         """`SCORE[/UPDATE][+ALLOCATION[@layer][:tuned]]`; without what stands for nothing: none and uniform."""
-        return self.scoring + (f"+{self.allocation}" if self.allocation != "uniform" else "")
+        return self.scoring + (f"+{Path(self.allocation).name}" if self.allocation != "uniform" else "")
 
     @property
     def scoring(self) -> str:
@@ -304,6 +304,7 @@ def check_comparison(config: Comparison) -> None:
     for score in (score for group in config.methods for score in group.scores if score.endswith(FILE)):
         if names.setdefault(Path(score).stem, score) != score:
             raise InputError(f"methods.scores holds {score} and {names[Path(score).stem]}: give them different names")
+    files: dict[str, str] = {}  # of allocations, by name
     for group in config.methods:
         for name in ("scores", "updates", "allocations"):
             if not getattr(group, name):
@@ -334,7 +335,10 @@ def check_comparison(config: Comparison) -> None:
                 continue
             if start == OWN:
                 raise InputError(f"methods.allocations holds {allocation!r}: what a file says itself cannot be tuned")
-            rule = read_allocation(start).name
+            rule, file = read_allocation(start).name, start.removesuffix("@layer")
+            if file.endswith(FILE) and files.setdefault(Path(file).name, file) != file:
+                both = f"{file} and {files[Path(file).name]}"
+                raise InputError(f"methods.allocations holds {both}: give them different names")
             if start != allocation and (":" in start or not RANGES.get(rule)):
                 reason = "tune them or give them" if RANGES.get(rule) else f"{start} has no parameters to tune"
                 raise InputError(f"methods.allocations holds {allocation!r}: {reason}")

@@ -316,7 +316,7 @@ def _note(found: Findings, method: Method, target: Target) -> str:
     if abs(result.sparsity - target.share) > SPARSITY_MISSED:
         parts.append(f"{result.sparsity:.2%} achieved")
     if result.fallbacks:
-        parts.append(f"{len(result.fallbacks)} experts saw too few tokens and were pruned by magnitude")
+        parts.append(f"{len(result.fallbacks)} experts saw too little text and were pruned by magnitude")
     if result.dead_inputs:
         parts.append(f"{result.dead_inputs} inputs were zero for every token")
     if result.damped:

@@ -155,7 +155,8 @@ def one_of(key: str, value: str, choices: typing.Sequence[str]) -> None:
 
 def check_address(key: str, address: str, variables: str) -> None:
     """InputError for one that holds a password. variables: of the environment, where it belongs."""
-    if re.match(r"[\w+.-]+://[^/?@]*:[^?@]*@", address) and not re.match(r"[\w+.-]+://[\w.-]+:\d+/", address):
+    user = address.partition("://")[2].rpartition("@")[0]
+    if ":" in user and not re.fullmatch(r"[\w.-]+:\d+/[^:]*", user):  # that is a port, and a path that has an @
         raise InputError(
             f"{key} holds a password, which would stand in the run's folder and in MLflow: leave it out, and set "
             f"{variables} instead"

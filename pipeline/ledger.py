@@ -97,7 +97,8 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self._journal = Journal(self.folder / JOURNAL)
-        self._earlier = len(self._journal)  # records of earlier sittings
+        # Records of whose time a checkpoint tells, and those of earlier sittings.
+        self._timed, self._earlier = 0, len(self._journal)
         self._used: set[int] = set()  # places of the records that count as spent
         self._places: dict[tuple, int] = {}
         self._ahead: dict[tuple[int, int, str], Aside] = {}
@@ -140,8 +141,10 @@ class Ledger:
                 "model or the arithmetic is another: start another run"
             )
 
-    def restore(self, used: Sequence[Sequence[int]], total: float) -> None:
-        """Take up where a checkpoint was written: with these records used, after so many seconds."""
+    def restore(self, used: Sequence[Sequence[int]], total: float, records: int) -> None:
+        """Take up where a checkpoint was written: with these records used, after so many seconds, when the journal had
+        so many records. What an earlier sitting did after that is timed by its records."""
+        self._timed = records
         for first, last in used:
             for place in range(first, last + 1):
                 self._use(place)
@@ -163,7 +166,7 @@ class Ledger:
         if place not in self._used:
             self._used.add(place)
             _count(self.spent, record)
-            if place < self._earlier:  # after its last checkpoint: of those before, `restore` knows the time
+            if self._timed <= place < self._earlier:
                 self.spent.total += record.get("seconds", 0.0)
         return record
 

@@ -68,7 +68,7 @@ def prune(options: argparse.Namespace) -> None:
             )
     fallbacks = [name for name, layer in sidecar["layers"].items() if "fallback" in layer]
     if fallbacks:
-        print(f"{len(fallbacks)} experts saw too few tokens and were pruned by magnitude: {', '.join(fallbacks[:5])}")
+        print(f"{len(fallbacks)} experts saw too little text and were pruned by magnitude: {', '.join(fallbacks[:5])}")
     dead = sum(layer.get("dead_inputs", 0) for layer in sidecar["layers"].values())
     if dead:
         print(

@@ -147,7 +147,8 @@ def _add_engines(found: Plan, config: Config, gpu_gib: float) -> None:
     try:
         sizes = model_sizes(options, name, "bfloat16")
     except InputError:  # quantised, or no decoder that is pruned here: vLLM may serve it
-        found.actors.append(row | {"parts": {}, "total": 0, "host": WORKER * 2, "note": "not known here"})
+        cache = 0 if gpu_gib else writer.kv_cache_gib * GIB
+        found.actors.append(row | {"parts": {}, "total": None, "host": WORKER * 2 + cache})
         return
     text = options.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -229,7 +230,8 @@ def plan_lines(found: Plan, config: Config) -> Iterable[str]:
         room = f" of {row['room'] / GIB:.0f} GiB" if row["room"] else ""
         place = f", {row['gpus']:g} GPU each" if row["gpus"] else f", {row['cpus']:g} CPU each" if row["cpus"] else ""
         parts += row.get("note", "")
-        yield f"  {row['count']} × {row['who']}{place}: {row['total'] / GIB:.1f} GiB{room} ({parts})"
+        size = "memory not known" if row["total"] is None else f"{row['total'] / GIB:.1f} GiB{room} ({parts})"
+        yield f"  {row['count']} × {row['who']}{place}: {size}"
     places = f"{found.gpus:g} GPUs" if found.device == "cuda" else f"{found.cpus:g} CPUs"
     yield (
         f"needs {places} and {found.host_bytes / GIB:.0f} GiB of memory beside them"
@@ -242,10 +244,11 @@ def plan_lines(found: Plan, config: Config) -> Iterable[str]:
     tokens = f"about {low:,} tokens, at most {high:,}" if found.answers and high else "no tokens"
     yield f"at most {found.answers:,} answers ({tokens})"
     yield f"at most {found.evaluations:,} evaluations on the whole fitness split"
-    yield f"roughly {_hours(found.hours[0])} to {_hours(found.hours[1])}, from rates of {_device(found.device)}"
+    known = all(row["total"] is not None for row in found.actors)
+    beside = "" if known else " beside what it takes to write"
+    yield f"roughly {_hours(found.hours[0])} to {_hours(found.hours[1])}{beside}, from rates of {_device(found.device)}"
     yield from (f"does not fit: {problem}" for problem in found.problems)
     if not found.problems:
-        known = all(row["parts"] for row in found.actors)
         yield "everything fits" if known else "everything of which that is known fits"
 
 

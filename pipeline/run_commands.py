@@ -65,7 +65,7 @@ def search(options: argparse.Namespace) -> int:
     try:
         folder = run_search(config, bool(resume), progress)
     except Lost as error:
-        if isinstance(error, TakenOver) or not config.folder.exists():  # it had not begun
+        if isinstance(error, TakenOver) or not (config.folder / "config.yaml").exists():  # it had not begun
             raise
         raise Lost(f"{error}; go on with: {again}") from error
     except Stopped as stopped:

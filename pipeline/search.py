@@ -430,7 +430,7 @@ class Search:
         if part not in self._parts:
             own = [c.to_dict() | {"fresh": None} for c in self.lineage.of_generation(generation)]
             self._parts[part] = save_part(folder, part, json_lines(own).encode())
-        spent = asdict(self.spend()) | {"used": self.ledger.used}
+        spent = asdict(self.spend()) | {"used": self.ledger.used, "records": len(self.ledger.records)}
         fresh = {c.id: c.to_dict()["fresh"] for c in self.lineage if c.fresh is not None}
         files = {"spent.json": json.dumps(spent).encode(), "fresh.json": json.dumps(fresh).encode()}
         save_checkpoint(folder, generation, files, self._parts)
@@ -457,7 +457,7 @@ class Search:
                 candidate.evaluation = replace(candidate.evaluation, seconds=seconds)
             elif candidate.status == "poison":
                 candidate.traceback = self.ledger.traceback(candidate.algorithm.key)
-        self.ledger.restore(spent["used"], spent["total"])
+        self.ledger.restore(spent["used"], spent["total"], spent.get("records", len(self.ledger.records)))
         self._done = loaded.generation
         for generation, candidates in itertools.groupby(restored, lambda candidate: candidate.generation):
             self._take(generation, list(candidates))  # a tracker that was away when the search stopped catches up

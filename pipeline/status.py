@@ -34,7 +34,7 @@ class Status:
         name (see `actors.metrics`)."""
         self._file, self._console, self._metrics = folder / STATUS, console, metrics
         self._in_flight, self._restarts = in_flight, restarts
-        self._facts: dict = {"host": socket.gethostname(), "pid": os.getpid(), "began": time.time()}
+        self._facts: dict = {"host": socket.gethostname(), "pid": os.getpid(), "began": time.time(), "in_flight": []}
         self._written = 0.0
 
     def say(self, text: str) -> None:
@@ -66,7 +66,7 @@ class Status:
             self._write()
 
     def _write(self) -> None:
-        flights = [] if "ended" in self._facts else self._in_flight()
+        flights = self._in_flight() if "ended" not in self._facts else [[0] * len(f) for f in self._facts["in_flight"]]
         self._facts |= {"in_flight": flights, "restarts": self._restarts(), "updated": time.time()}
         self._console.flights(by_shard(flights))
         temporary = self._file.with_name(f".{STATUS}.tmp")

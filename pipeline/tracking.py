@@ -226,9 +226,11 @@ class MlflowTracker:
         """The parent run of an earlier sitting in this store."""
         try:
             memory = json.loads((self.folder / MEMORY).read_text())
+            return memory if memory["uri"] == self.uri else None
         except FileNotFoundError:
             return None
-        return memory if memory["uri"] == self.uri else None
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{self.folder / MEMORY} is damaged: without it the search goes on in a new run") from None
 
     def _write_memory(self, run_id: str) -> None:
         memory = {"uri": self.uri, "experiment_id": self._experiment_id, "run_id": run_id}

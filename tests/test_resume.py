@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 from searches import (
@@ -19,9 +18,6 @@ from searches import (
     wait_for_answers,
 )
 
-from autoprune.pipeline.checkpoint import Journal, load_checkpoint
-from autoprune.pipeline.ledger import JOURNAL
-
 
 def interrupt(arguments: list[str], folder: Path, generation: int, number: signal.Signals) -> tuple[int, str]:
     """Starts a search, sends its driver the signal while it measures a generation's answers, and waits until nothing of
@@ -34,9 +30,6 @@ def interrupt(arguments: list[str], folder: Path, generation: int, number: signa
     try:
         wait_for_answers(folder, generation, driver)
         driver.send_signal(number)
-        time.sleep(2)
-        loaded = load_checkpoint(folder / "checkpoint")
-        assert loaded.generation >= 0 and not loaded.damaged and Journal(folder / JOURNAL)
         driver.wait(60)
     finally:
         driver.kill()  # where it did not end
@@ -51,7 +44,7 @@ def test_a_search_that_is_stopped_and_killed_ends_as_one_that_is_left_alone(whol
     code, said = interrupt(begin, folder, 1, signal.SIGINT)
     assert code == 130, said
     assert f"autoprune search --resume {folder}" in said and "Traceback" not in said
-    code, said = interrupt(command("search", "--resume", folder), folder, 1, signal.SIGTERM)
+    code, said = interrupt(command("search", "--resume", folder), folder, 2, signal.SIGTERM)
     assert code == 143, said
     assert f"autoprune search --resume {folder}" in said
     assert "Traceback" not in said
@@ -59,7 +52,7 @@ def test_a_search_that_is_stopped_and_killed_ends_as_one_that_is_left_alone(whol
     assert stopped.status == "KILLED"
 
     go_on = command("search", "--resume", folder)
-    interrupt(go_on, folder, 2, signal.SIGKILL)
+    interrupt(go_on, folder, 3, signal.SIGKILL)
 
     done = run(go_on)
     assert done.returncode == 0, done.stderr[-2000:]

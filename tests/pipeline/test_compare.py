@@ -578,5 +578,10 @@ def test_an_allocation_from_a_file_is_found_from_anywhere(config, tmp_path, monk
     methods = (Methods(("wanda",), ("none",), ("ours.py", "ours.py@layer", "sdsa@layer:tuned")),)
     (group,) = settled(replace(config, methods=methods)).methods
     assert group.allocations == (f"{tmp_path}/ours.py", f"{tmp_path}/ours.py@layer", "sdsa@layer:tuned")
+    assert [str(Method("wanda", "none", a)) for a in group.allocations[:2]] == ["wanda+ours.py", "wanda+ours.py@layer"]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "ours.py").write_text(ALLOCATE)
+    with pytest.raises(InputError, match="b/ours.py and ours.py: give them different names"):
+        check_comparison(replace(config, methods=(Methods(allocations=("ours.py", "b/ours.py")),)))
     with pytest.raises(InputError, match="'ours.py:tuned': ours.py has no parameters to tune"):
         check_comparison(replace(config, methods=(Methods(allocations=("ours.py:tuned",)),)))

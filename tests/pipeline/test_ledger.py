@@ -70,7 +70,7 @@ def test_what_the_search_has_not_come_to_is_not_spent(make):
     used = ledger.used
     ledger.measure([ONE, TWO], "fitness")
     again = make(evaluations=2)
-    again.restore(used, 12.0)
+    again.restore(used, 12.0, 1)
     assert again.spent.answers == 2 and again.spent.evaluations == 0 and again.left("evaluations") == 2
     again.measure([TWO], "fitness")
     assert again.left("evaluations") == 1 and again.spent.total == pytest.approx(12.0, abs=0.1)
@@ -101,7 +101,7 @@ def test_the_time_of_what_a_killed_sitting_did_after_its_last_checkpoint_counts(
     again.measure([ONE], "fitness")
     assert again.exhausted() == "wall_clock (3000)" and 3600 <= again.spent.total < 3610
     restored = make()
-    restored.restore([[0, 0]], 3700.0)
+    restored.restore([], 3700.0, 1)  # the record was there, and was not used yet
     restored.measure([ONE], "fitness")
     assert restored.spent.total == 3700.0, "it is in what the checkpoint says"
 
@@ -164,7 +164,7 @@ def test_records_between_those_that_were_used_are_not_spent(make):
     again = make()
     again.measure([TWO], "fitness")
     third = make()
-    third.restore(again.used, 0.0)
+    third.restore(again.used, 0.0, 2)
     assert third.spent.evaluations == 1
     assert third.measure([TWO], "fitness") and third.spent.evaluations == 1
     assert third.measure([ONE], "fitness") and third.spent.evaluations == 2

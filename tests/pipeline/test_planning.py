@@ -164,7 +164,10 @@ def test_a_writer_whose_size_is_not_known_is_no_obstacle(capsys, tmp_path):
     command = ["plan", str(CONFIGS / "llama-3.1-8b.yaml"), "--gpu-memory", "80", "--set"]
     assert main([*command, f"generator.model={tmp_path}"]) == 0
     text = capsys.readouterr().out
-    assert "0.0 GiB of 19 GiB (not known here)" in text and "everything of which that is known fits" in text
+    assert ": memory not known" in text and "beside what it takes to write" in text
+    assert "everything of which that is known fits" in text
+    assert main([*command, f"generator.model={tmp_path}", "--json"]) == 0
+    assert [row["total"] for row in json.loads(capsys.readouterr().out)["actors"]][1:] == [None]
     assert main([*command, f"target.model={tmp_path}"]) == 2
 
 
