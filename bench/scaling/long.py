@@ -117,8 +117,8 @@ def main() -> None:
     step = max(1, config["search"]["generations"] // POINTS)
     tell = Search._tell
 
-    def telling(search: Search, generation: int) -> None:
-        tell(search, generation)
+    def telling(search: Search, generation: int, *winner) -> None:
+        tell(search, generation, *winner)
         if generation % step == 0 and (not memory or memory[-1][0] != generation):
             evaluated = len(search.lineage.evaluated())
             memory.append((generation, len(search.lineage), evaluated, resident(), time.monotonic() - began))
