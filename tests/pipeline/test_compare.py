@@ -374,8 +374,8 @@ def test_a_picture_for_each_model_with_a_curve(config, tmp_path):
     config = replace(config, methods=(*config.methods, Methods(allocations=(own, f"{own}@layer"))))
     drawn = (
         "wanda",
-        f"wanda+{own}",
-        f"wanda+{own}@layer",
+        "wanda+my own.py",
+        "wanda+my own.py@layer",
         "wanda/cg",
         "wanda+sdsa",
         "wanda+owl:tuned",
