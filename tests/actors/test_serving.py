@@ -121,13 +121,13 @@ def test_prompts_of_every_kind_of_template(tmp_path, template, expected):
 
 @pytest.mark.parametrize("trouble, word", [("d", "Actor"), ("h", "Timeout")])
 def test_what_an_engine_left_unanswered_is_asked_again(make, trouble, word):
-    generator = make(trouble, deadline=2.0)
+    generator = make(trouble, deadline=12.0)  # a new actor may take several seconds
     generator.wait()
     began = time.monotonic()
     (answers,) = generator.generate(requests(7))
     assert [a.text for a in answers] == ["7 by 0", "8 by 0"]
     assert len(make.said) == 1 and word in make.said[0] and "asked again" in make.said[0]
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 90
 
 
 def test_an_engine_that_dies_again_and_again_ends_the_search(make, hasty):
