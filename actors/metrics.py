@@ -36,7 +36,8 @@ class Metrics:
     def set(self, values: Mapping[str, float | Mapping[str, float]]) -> None:
         """By name, and for those of TAGS by tag; others stay as they are."""
         for name, value in values.items():
-            for tag, one in value.items() if name in TAGS else ():
-                self._gauges[name].set(one, tags={TAGS[name]: tag})
             if name not in TAGS:
                 self._gauges[name].set(value)
+                continue
+            for tag, one in value.items():
+                self._gauges[name].set(one, tags={TAGS[name]: tag})

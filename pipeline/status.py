@@ -66,14 +66,16 @@ class Status:
             self._write()
 
     def _write(self) -> None:
-        flights = self._in_flight() if "ended" not in self._facts else [[0] * len(f) for f in self._facts["in_flight"]]
+        ended, idle = "ended" in self._facts, [[0] * len(shards) for shards in self._facts["in_flight"]]
+        flights = [] if ended else self._in_flight()
         self._facts |= {"in_flight": flights, "restarts": self._restarts(), "updated": time.time()}
         self._console.flights(by_shard(flights))
         temporary = self._file.with_name(f".{STATUS}.tmp")
         temporary.write_text(json.dumps(self._facts))  # not synced: who looks wants the newest, not the safest
         os.replace(temporary, self._file)
         if self._metrics is not None and "spent" in self._facts:
-            self._metrics(_metrics(self._facts))
+            # A gauge would stay at its last value.
+            self._metrics(_metrics(self._facts | {"in_flight": idle if ended else flights}))
 
 
 def by_shard(flights: list[list[int]]) -> list[int]:

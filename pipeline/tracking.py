@@ -171,11 +171,11 @@ class MlflowTracker:
             return
         self._experiment_id, self._run_id = memory["experiment_id"], memory["run_id"]
         try:
-            self._or_input_error(opening)
-        except InputError as error:
-            if not isinstance(error.__cause__, Exception):  # the store answered, and cannot be used
-                raise
-            self._fail(error.__cause__)
+            opening()
+        except InputError:  # the store answered, and cannot be used
+            raise
+        except Exception as error:  # SQLAlchemy, requests and MLflow each have their own
+            self._fail(error)
             self._opening = opening
 
     def _start(self, config: dict, texts: Mapping[str, tuple[str, str]], models: Sequence[str]) -> None:

@@ -435,7 +435,8 @@ def test_status_says_how_far_a_search_is(capsys, tmp_path):
     status.state({"best": {"id": "g01-c01", "nll": 0.5, "combined": "worst", "final": True}})
     status.end("stopped")
     text = shown(capsys, "status", folder)
-    assert "stopped, last heard" in text
+    assert "stopped, last heard" in text and "in flight" not in text
+    assert told[-1]["in_flight"] == {"0": 0, "1": 0}
     assert "best, after fresh text, g01-c01: fitness 0.5000, 1.65 × dense, worst of all cases" in text
 
 

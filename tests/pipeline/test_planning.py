@@ -13,7 +13,15 @@ from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from autoprune.models.blocks import DecoderRange
-from autoprune.models.footprint import ARCHITECTURES, Workload, footprint, known_config, model_sizes, shard_bounds
+from autoprune.models.footprint import (
+    ARCHITECTURES,
+    LOGIT,
+    Workload,
+    footprint,
+    known_config,
+    model_sizes,
+    shard_bounds,
+)
 from autoprune.pipeline.cli import main
 from autoprune.pipeline.config import load_config
 from autoprune.pipeline.planning import plan, plan_lines
@@ -60,7 +68,11 @@ def test_the_head_counts_as_work_of_the_last_shard(tmp_path):
     """Its own blocks are fewer, so that a pipeline does not wait for it."""
     folder = save_tiny_model(tmp_path / "tiny")
     sizes = model_sizes(known_config(str(folder)), "tiny", "float32")
-    assert sizes.costs[:-1] == list(sizes.blocks[:-1]) and sizes.costs[-1] > sizes.blocks[-1] + sizes.head > sizes.head
+    logits = LOGIT * sizes.vocabulary * sizes.element
+    assert (
+        sizes.costs[:-1] == list(sizes.blocks[:-1])
+        and sizes.costs[-1] - logits == sizes.blocks[-1] + sizes.head > sizes.head
+    )
     heavy = replace(sizes, head=2 * sizes.blocks[0])
     assert shard_bounds(heavy.costs, 2) == ((0, 3), (3, 4))
 
