@@ -1,4 +1,5 @@
 # make demo    set up, search on real models, print the table
+# make smoke   the same in a minute, with answers from a file
 # make test    set up, lint, run the tests
 # make chaos   kill actors, nodes and drivers of a search, many times (long)
 # make docs    write docs/language.md anew
@@ -27,11 +28,15 @@ setup:
 # where that can be had, otherwise as the index's own build with its CUDA libraries.
 $(VENV): FORCE
 	@command -v $(PYTHON) > /dev/null || { echo "make: no $(PYTHON): install CPython 3.11 or name it, PYTHON=…" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+		echo "make: $(PYTHON) is not CPython 3.11, for which the locks are: name one, PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "Setting up $(VENV) from $(LOCK): a few minutes."
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
 ifeq ($(TARGET),cpu)
-	@$(LOCKED) -r deploy/locks/torch-cpu.txt 2> /dev/null || $(LOCKED) -r deploy/locks/torch-indexed.txt
+	@$(LOCKED) -r deploy/locks/torch-cpu.txt 2> /dev/null || { \
+		echo "pip finds no CPU build of torch: the index's own comes, with CUDA's libraries, several GB."; \
+		$(LOCKED) -r deploy/locks/torch-indexed.txt; }
 endif
 	@$(LOCKED) -r $(LOCK)
 	@$(PIP) install --quiet --no-deps --no-build-isolation -e .

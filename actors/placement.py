@@ -65,12 +65,18 @@ class Layout:
         if not gpus and not self.gpus_per_shard and not self.gpus_per_engine and self.tensor_parallel == 1:
             share = equal_share(actors, [node.get("CPU", 0) / self.threads for node in nodes])
             return ActorResources(0, 0, "cpu"), ActorResources(share * self.threads, 0, "cpu")
+        engine, shard = self.gpu_shares(gpus)
+        return ActorResources(0, engine, "cuda"), ActorResources(0, shard, "cuda")
+
+    def gpu_shares(self, gpus: int) -> tuple[float, float]:
+        """Of so many GPUs, of each engine and of each evaluator."""
+        actors = self.shards * self.replicas
         engine = max(self.gpus_per_engine, float(self.tensor_parallel) if self.tensor_parallel > 1 else 0.0)
         left = gpus - self.engines * engine - actors * self.gpus_per_shard
         sharing = (0 if engine else self.engines) + (0 if self.gpus_per_shard else actors)
         # Where the cluster has no room for them yet, those of which nothing is said are to have whole ones.
         share = equal_share(sharing, [1.0] * int(left)) if left >= 1 else 1.0
-        return ActorResources(0, engine or share, "cuda"), ActorResources(0, self.gpus_per_shard or share, "cuda")
+        return engine or share, self.gpus_per_shard or share
 
 
 def equal_share(actors: int, places: list[float]) -> float:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from autoprune.algorithms.statistics import GRAM_READERS
 from autoprune.models.families import build
 from autoprune.models.layers import block_layers, inside
-from autoprune.models.loading import HUB_MODEL, load_config, resolve_model
+from autoprune.models.loading import HUB_MODEL, fetch_config, load_config, resolve_model
 from autoprune.models.shard import GRADIENT_WINDOWS, PROFILE_WINDOWS, WINDOWS_AT_ONCE
 
 ARCHITECTURES = Path(__file__).parent / "architectures"  # of models that are bundled, or large and well known
@@ -29,10 +29,9 @@ def known_config(name: str) -> PretrainedConfig:
     stored = ARCHITECTURES / f"{name.partition('@')[0].replace('/', '--')}.json"
     if stored.is_file():
         return load_config(stored)
-    match = HUB_MODEL.fullmatch(name)
-    if Path(name).expanduser().is_dir() or match is None:
+    if Path(name).expanduser().is_dir() or HUB_MODEL.fullmatch(name) is None:
         return load_config(resolve_model(name))
-    return load_config(match["id"], match["revision"])
+    return load_config(fetch_config(name))
 
 
 @dataclass(frozen=True)

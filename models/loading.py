@@ -74,7 +74,14 @@ def pinned(name: str, folder: Path) -> str:
     return f"{match['id']}@{folder.name}"
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def fetch_config(name: str) -> Path:
+    """A folder that holds the configuration of a hub id, `organisation/name` or `organisation/name@revision`, and no
+    weights. Raises InputError as `resolve_model`."""
+    match = HUB_MODEL.fullmatch(name)
+    return _from_hub(match["id"], match["revision"], ("config.json",))
+
+
+def _from_hub(name: str, revision: str | None, files: tuple[str, ...] = HUB_FILES) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -83,7 +90,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    wanted = {"allow_patterns": list(HUB_FILES), "ignore_patterns": list(HUB_IGNORED)}
+    wanted = {"allow_patterns": list(files), "ignore_patterns": list(HUB_IGNORED)}
     try:
         # One short question first: a hub that cannot be reached is known at once, not after every file's retries.
         HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
@@ -104,13 +111,13 @@ def _from_hub(name: str, revision: str | None) -> Path:
             ) from error
 
 
-def load_config(path: Path | str, revision: str | None = None) -> PretrainedConfig:
-    """The configuration of a resolved model, or of a hub id's revision; code from the folder is never run."""
+def load_config(path: Path | str) -> PretrainedConfig:
+    """The configuration of a resolved model; code from the folder is never run."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"cannot read the model configuration in {path}: {_first_line(error)}") from error
 

@@ -105,12 +105,12 @@ def start_vllm(config: Config, places, report: Callable[[str], None] = lambda _:
     )
 
 
-def reserve_places(config: Config, models: int, say: Callable[[str], None]):
-    """Places on the cluster for all actors of a search on so many models: a Reservation, once they are there."""
-    from autoprune.actors.placement import Layout, reserve
+def layout_of(config: Config, models: int):
+    """Who is to run in a search on so many models: a Layout."""
+    from autoprune.actors.placement import Layout
 
     evaluators, writer = config.evaluators, config.generator
-    layout = Layout(
+    return Layout(
         evaluators.shards,
         evaluators.replicas * models,
         evaluators.threads,
@@ -119,7 +119,13 @@ def reserve_places(config: Config, models: int, say: Callable[[str], None]):
         evaluators.gpus_per_shard,
         writer.gpus_per_engine,
     )
-    return reserve(layout, evaluators.wait, say)
+
+
+def reserve_places(config: Config, models: int, say: Callable[[str], None]):
+    """Places on the cluster for all actors of a search on so many models: a Reservation, once they are there."""
+    from autoprune.actors.placement import reserve
+
+    return reserve(layout_of(config, models), config.evaluators.wait, say)
 
 
 @contextmanager
@@ -153,10 +159,13 @@ def cluster() -> Iterator[None]:
     # Actors without GPUs keep seeing whatever the machine shows; Ray announces this as its own future default.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
+    import torch
 
     already = ray.is_initialized()
     if not already:
         address = os.environ.get("RAY_ADDRESS", "")
+        if not address and torch.version.cuda is None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray counts GPUs that this torch, of `make setup`, cannot use
         try:
             if place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address):
                 socket.create_connection((place[1], int(place[2])), CONNECT).close()  # Ray would try for minutes

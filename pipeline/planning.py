@@ -17,6 +17,7 @@ from autoprune.models.footprint import (
     shard_bounds,
 )
 from autoprune.pipeline.config import FREE_GROUP, SELF, Config
+from autoprune.pipeline.launch import layout_of
 from autoprune.pipeline.preparation import check_splits, misfits, read_by_seeds
 from autoprune.pipeline.prompting import reads_prompts
 from autoprune.pipeline.search import plan_repairs
@@ -43,11 +44,12 @@ PROBE_SECONDS = 0.2  # of a call that hardly computes
 @dataclass
 class Plan:
     """actors: rows of the table: who, how many, its parts in bytes, its total, and what one place has, or None. hours:
-    low and high. problems: what does not fit, a line each."""
+    low and high. problems: what does not fit, a line each. gpus_there: this machine's, where it is planned for."""
 
     device: str
     actors: list[dict] = field(default_factory=list)
     gpus: float = 0.0
+    gpus_there: int | None = None
     cpus: float = 0.0
     host_bytes: int = 0
     answers: int = 0
@@ -57,13 +59,15 @@ class Plan:
     problems: list[str] = field(default_factory=list)
 
 
-def plan(config: Config, gpu_gib: float, host_gib: float | None = None) -> Plan:
+def plan(config: Config, gpu_gib: float, host_gib: float | None = None, gpus: int | None = None) -> Plan:
     """What the configuration asks for. gpu_gib: memory of one GPU; 0: everything runs on CPUs. host_gib: memory of the
-    machine, where all actors are on one. Raises InputError for a model or a text that is not known, and for splits that
-    overlap; of a text nothing is read, but for documents that are counted from its end."""
+    machine, where all actors are on one. gpus: how many there are, which actors share as a search would; None: as many
+    as are asked for, a whole one for each actor of which nothing is said. Raises InputError for a model or a text that
+    is not known, and for splits that overlap; of a text nothing is read, but for documents that are counted from its
+    end."""
     check_splits(config.data)
     device = "cuda" if gpu_gib else "cpu"
-    found, evaluators = Plan(device), config.evaluators
+    found = Plan(device, gpus_there=gpus)
     read = read_by_seeds(config) | set(config.search.statistics)
     data, extra = config.data, config.search
     windows = (data.calibration_windows, data.fitness_windows, extra.fresh_windows, data.report_windows, 1)
@@ -72,13 +76,16 @@ def plan(config: Config, gpu_gib: float, host_gib: float | None = None) -> Plan:
     dtype = config.target.dtype if config.target.dtype != "auto" else "bfloat16" if gpu_gib else "float32"
     sizes = {model: model_sizes(known_config(model), model, dtype) for model in models}
     found.problems += misfits(config.target, sizes)
-    each = evaluators.gpus_per_shard or (1.0 if gpu_gib else 0.0)
+    engine, shard = layout_of(config, len(models)).gpu_shares(gpus or 0) if gpu_gib else (0.0, 0.0)
     for model, size in sizes.items():
-        _add_evaluators(found, config, model, size, load, each, gpu_gib)
+        _add_evaluators(found, config, model, size, load, shard, gpu_gib)
     if config.generator.kind == "vllm":
-        _add_engines(found, config, gpu_gib)
+        _add_engines(found, config, engine, gpu_gib)
     if gpu_gib:
         found.gpus = sum(row["count"] * row["gpus"] for row in found.actors)
+        if gpus is not None and found.gpus > gpus:
+            advice = "ask for less with evaluators.replicas, evaluators.shards, evaluators.gpus_per_shard"
+            found.problems.append(f"all actors need {found.gpus:g} GPUs, and there are {gpus}: {advice}")
     found.cpus = sum(row["count"] * row["cpus"] for row in found.actors)
     found.host_bytes = int(sum(row["count"] * row["host"] for row in found.actors))
     if host_gib is not None and found.host_bytes > host_gib * GIB:
@@ -137,11 +144,10 @@ def _largest(sizes: ModelSizes, shards: int, load: Workload) -> Footprint:
     return max(found, key=lambda one: one.total)
 
 
-def _add_engines(found: Plan, config: Config, gpu_gib: float) -> None:
+def _add_engines(found: Plan, config: Config, gpus: float, gpu_gib: float) -> None:
     writer = config.generator
     name = config.target.model if writer.model == SELF else writer.model
     options = known_config(name)
-    gpus = writer.gpus_per_engine or (float(writer.tensor_parallel) if gpu_gib else 0.0)
     room = 0.9 * gpus * gpu_gib * GIB if gpu_gib else None
     row = {"who": f"vLLM engine with {name}", "count": writer.engines, "gpus": gpus, "cpus": 0.0, "room": room}
     try:
@@ -238,7 +244,8 @@ def plan_lines(found: Plan, config: Config) -> Iterable[str]:
         if found.device == "cuda"
         else (f"needs {places} and {found.host_bytes / GIB:.0f} GiB of memory")
     )
-    if found.device == "cuda" and not (config.evaluators.gpus_per_shard and config.generator.gpus_per_engine):
+    shared = found.gpus_there is None and not (config.evaluators.gpus_per_shard and config.generator.gpus_per_engine)
+    if found.device == "cuda" and shared:
         yield "on fewer GPUs, actors without a share of their own have equal ones"
     low, high = found.tokens
     tokens = f"about {low:,} tokens, at most {high:,}" if found.answers and high else "no tokens"

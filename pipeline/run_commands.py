@@ -85,13 +85,14 @@ def plan(options: argparse.Namespace) -> int:
     from autoprune.pipeline.config import load_config
     from autoprune.pipeline.planning import GIB, machine_gib, plan, plan_lines
 
-    memory = options.gpu_memory
+    memory, gpus, host = options.gpu_memory, None, None
     if memory is not None and not 0 <= memory < math.inf:
         raise InputError(f"--gpu-memory is {memory:g}: expected 0 or more GiB")
     if memory is None:
-        memory = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 0.0
+        gpus, host = torch.cuda.device_count(), machine_gib()
+        memory = torch.cuda.get_device_properties(0).total_memory / GIB if gpus else 0.0
     config = load_config(options.config, options.set)
-    found = plan(config, memory, None if memory else machine_gib())
+    found = plan(config, memory, host if memory else machine_gib(), gpus)
     print(json.dumps(asdict(found), indent=1) if options.json else "\n".join(plan_lines(found, config)))
     return 1 if found.problems else 0
 

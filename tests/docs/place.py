@@ -140,7 +140,7 @@ class Place:
         return [*words[:2], *sets, *words[2:], *few], self.folder / target if target else None
 
     def clear(self, words: list[str]) -> None:
-        """Room for what a command makes: some stand on several pages."""
+        """Room for what a command makes: the place has runs of these names from the start."""
         if "--out" in words:
             shutil.rmtree(self.folder / words[words.index("--out") + 1], ignore_errors=True)
         if words[0] == "search" and "--resume" not in words:

@@ -57,7 +57,7 @@ class Server(JsonHandler):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_model, cluster):
-    """With what the pages' commands find: files that they show, a pruned model, and the runs demo and mine."""
+    """With what the pages' commands find: files that they show, pruned models, and runs."""
     with served(Server) as url, pytest.MonkeyPatch.context() as patch:
         place = Place(tmp_path_factory.mktemp("pages"), tiny_model, url)
         patch.chdir(place.folder)
@@ -70,8 +70,10 @@ def place(tmp_path_factory, tiny_model, cluster):
             if name:
                 (place.folder / name[1]).write_text(place.named(block.text))
         assert place.search() == 0
-        shutil.copytree("runs/demo", "runs/mine")
-        shutil.copytree(place.folder / "runs" / "demo" / "model", "pruned")
+        for name in ("mine", "first"):
+            shutil.copytree("runs/demo", f"runs/{name}")
+        for name in ("pruned", "first", "pruned-wanda"):
+            shutil.copytree("runs/demo/model", name)
         yield place
 
 
@@ -143,6 +145,16 @@ def test_what_cannot_be_run_here_can_be_read(command):
     options = _parser().parse_args(words[1:])
     if hasattr(options, "set"):
         load_config(ROOT / options.config, options.set)
+
+
+def test_no_command_finds_what_another_one_has_made():
+    """Nothing is overwritten, so copied one after the other the second would be refused."""
+    words = [shlex.split(command.text, comments=True) for command in ALL]
+    outs = [line[line.index("--out") + 1] for line in words if "--out" in line]
+    searches = [line for line in words if "search" in line and "--resume" not in line]
+    names = [word for line in searches for word in line if word.startswith("name=")]
+    assert len(outs) > 4 and len(names) > 2
+    assert sorted(outs) == sorted(set(outs)) and sorted(names) == sorted(set(names))
 
 
 def test_few_commands_are_marked():

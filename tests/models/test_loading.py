@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from tiny import save_tiny_model
 from tokenizers import pre_tokenizers
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from autoprune.models.checkpoint_files import weight_files
 from autoprune.models.corpora import load_corpus, token_windows
 from autoprune.models.errors import InputError
+from autoprune.models.footprint import known_config
 from autoprune.models.loading import GGUF_BLOCK, convert_gguf, load_config, load_tokenizer, pinned, resolve_model
 
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
@@ -71,6 +74,19 @@ def test_of_the_hub_only_the_files_that_are_read_are_fetched(monkeypatch, tiny_m
     files = ["config.json", "model-1.safetensors", "consolidated.safetensors", "original/model.safetensors", "x.bin"]
     kinds = {"allow_patterns": asked["allow_patterns"], "ignore_patterns": asked["ignore_patterns"]}
     assert list(filter_repo_objects(files, **kinds)) == files[:2]
+    assert known_config("some/model@v1").model_type == "llama"
+    kinds = {"allow_patterns": asked["allow_patterns"], "ignore_patterns": asked["ignore_patterns"]}
+    assert list(filter_repo_objects(files, **kinds)) == files[:1] and asked["revision"] == "v1"
+
+
+def test_a_plan_says_of_a_model_that_the_hub_does_not_show_what_a_search_says(monkeypatch):
+    def hidden(*_, **__):
+        raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", hidden)
+    for read in (known_config, resolve_model):
+        with pytest.raises(InputError, match="the hub has no model some/model that you may see"):
+            read("some/model")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from autoprune.models.errors import InputError
 from autoprune.pipeline.cli import main
 from autoprune.pipeline.config import load_config
 from autoprune.pipeline.config_reading import setting
+from autoprune.pipeline.launch import cluster
 from autoprune.pipeline.ledger import Spent
 from autoprune.pipeline.progress import ConsoleProgress
 from autoprune.pipeline.run_folder import locked
@@ -134,6 +136,24 @@ def test_a_cluster_that_is_not_there_is_said_at_once_and_leaves_no_run_folder(co
     line = "autoprune: no Ray cluster at 127.0.0.1:9 (RAY_ADDRESS): start it, or unset RAY_ADDRESS"
     assert (done.returncode, done.stderr.strip()) == (1, line)
     assert not (tmp_path / "runs" / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "build", "visible"), [("", None, ""), ("", "13.0", "0"), ("ray://host:1", None, "0")]
+)
+def test_gpus_that_this_torch_cannot_use_are_not_counted(monkeypatch, address, build, visible):
+    """Ray counts what a machine has, and the environment of `make setup` computes on CPUs."""
+    seen = []
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **_: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr("socket.create_connection", lambda *_: socket.socket())
+    monkeypatch.setattr("torch.version.cuda", build)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with cluster():
+        pass
+    assert seen == [visible]
 
 
 def test_a_disk_without_room_for_what_evaluators_keep_is_said_before_anything_starts(capsys, config, monkeypatch):

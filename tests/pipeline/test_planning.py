@@ -183,6 +183,19 @@ def test_a_writer_whose_size_is_not_known_is_no_obstacle(capsys, tmp_path):
     assert main([*command, f"target.model={tmp_path}"]) == 2
 
 
+def test_a_plan_for_this_machine_shares_its_gpus_as_a_search_would():
+    config = load_config(CONFIGS / "demo.yaml")
+    found = plan(config, 80.0, 64.0, 1)
+    assert [row["gpus"] for row in found.actors] == [0.33, 0.33] and found.problems == []
+    assert not any("on fewer GPUs" in line for line in plan_lines(found, config))
+    whole = load_config(CONFIGS / "demo.yaml", ["evaluators.gpus_per_shard=1", "generator.gpus_per_engine=1"])
+    assert plan(whole, 80.0, 64.0, 3).problems == []
+    (problem,) = plan(whole, 80.0, 64.0, 2).problems
+    assert "all actors need 3 GPUs, and there are 2: ask for less with" in problem
+    (problem,) = plan(whole, 80.0, 4.0, 3).problems
+    assert "of memory, and it has 4" in problem
+
+
 def test_texts_are_looked_at_without_being_read(capsys, tmp_path):
     command = ["plan", str(CONFIGS / "demo.yaml"), "--gpu-memory", "0", "--set"]
     for setting, reason in (
