@@ -43,12 +43,16 @@ class OpenAIGenerator:
         key = os.environ.get(api_key_variable) or "none"
         self._client = openai.OpenAI(base_url=base_url, api_key=key, timeout=deadline, max_retries=0)
         try:
-            served = [entry.id for entry in self._client.with_options(timeout=10, max_retries=0).models.list()]
+            served = [entry.id for entry in self._client.with_options(timeout=10, max_retries=0).models.list().data]
         except openai.APIConnectionError:
             raise InputError(f"no answer from {base_url}: start the server or mend generator.base_url") from None
         except openai.APIStatusError as error:
             raise InputError(
                 f"{base_url} answered {error.status_code}: check {api_key_variable} and base_url"
+            ) from None
+        except (openai.OpenAIError, AttributeError, TypeError, ValueError):  # what the client makes of a web page
+            raise InputError(
+                f"{base_url} answers, but is no OpenAI-compatible server: generator.base_url mostly ends in /v1"
             ) from None
         if served and model not in served:
             raise InputError(f"{base_url} does not serve {model!r}; it serves {', '.join(served[:5])}")
@@ -132,7 +136,11 @@ class ScriptedGenerator:
             raise InputError(
                 f"no file {file}: generator.answers must name a text file of answers parted by '---' lines"
             )
-        self._answers = [text.strip() for text in file.read_text().split(ANSWER_SEPARATOR) if text.strip()]
+        try:
+            texts = file.read_text(encoding="utf-8").split(ANSWER_SEPARATOR)
+        except UnicodeDecodeError:
+            raise InputError(f"{file} is not text in UTF-8: expected answers parted by '---' lines") from None
+        self._answers = [text.strip() for text in texts if text.strip()]
         if not self._answers:
             raise InputError(f"{file} holds no answers")
 

@@ -121,7 +121,10 @@ class EvaluatorPool:
         """What makes it useless to try once more, in words for the user."""
         cause = getattr(error, "cause", None)
         if isinstance(cause, NotFiniteError):
-            return InputError(f"{last_line(cause)}: {self.plan.dtype} overflows; try target.dtype=bfloat16")
+            way = "try target.dtype=bfloat16"
+            if self.plan.dtype != "float16":
+                way = "try target.dtype=float32" if self.plan.dtype != "float32" else "the model is damaged"
+            return InputError(f"{last_line(cause)}: {self.plan.dtype} overflows; {way}")
         if isinstance(cause, ValueError):
             return InputError(last_line(cause))
         # What a constructor raised comes as text.
@@ -201,6 +204,11 @@ class EvaluatorPool:
                 counts[min(len(done), self.plan.shards - 1)] += 1
             found.append(counts)
         return found
+
+    @property
+    def calibration_windows(self) -> int:
+        """Of the calibration text, which may be shorter than what was asked for."""
+        return len(self.plan.splits["calibration"])
 
     @property
     def numels(self) -> list[int]:
@@ -402,7 +410,8 @@ class EvaluatorPool:
                 for (actor, files), (_, written) in zip(parts, made, strict=True):
                     for file in () if written else files:
                         _fetch(actor, file, patience)
-            except ray.exceptions.RayTaskError as error:  # as an OSError it would seem to be this machine's disk
+            except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError) as error:
+                # As OSErrors, which both may be, they would seem to be of this machine's disk.
                 raise _PartLost(last_line(error)) from error
             return [layers for layers, _ in made]
 

@@ -139,7 +139,7 @@ def page() -> str:
         "",
         "## Allocations that the project brings",
         "",
-        "They do what the rules of the same name do, to rounding:",
+        "They do what the rules of the same name do, to rounding, as long as no unit meets a bound:",
         "",
         *(_indented(name, source) for name, source in PROJECT.items()),
         "## What a search writes",

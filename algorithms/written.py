@@ -1,7 +1,8 @@
 """Allocations of the project, written in the language that candidates are written in.
 
-Each yields what the rule of its name does (`algorithms.rules`), to rounding. Two cannot: `dsa` needs an arcus sine, and
-`alphapruning` scales what is pruned, where a candidate's answer scales what is kept.
+Each yields what the rule of its name does (`algorithms.rules`), to rounding, where no unit meets a bound: `owl`, `dlp`
+and `atp` are shifted there, and what is written is scaled. Two cannot: `dsa` needs an arcus sine, and `alphapruning`
+scales what is pruned, where a candidate's answer scales what is kept.
 """
 
 UNIFORM = """\

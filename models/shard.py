@@ -146,8 +146,8 @@ class ModelShard:
         `profiles` get their `taylor_mean`.
 
         upstream: the token windows for the last shard, otherwise what the shard after this one returned. Returns the
-        gradient by the hidden states that entered this shard. Blocks are visited last to first, one at a time.
-        Raises NotFiniteError, naming block and layer, where a gradient is not finite.
+        gradient by the hidden states that entered this shard, times `_loss_scale`. Blocks are visited last to first,
+        one at a time. Raises NotFiniteError, naming block and layer, where a gradient is not finite.
         """
         if self.model.last:
             hidden, tokens = self._calibrated, upstream[:GRADIENT_WINDOWS].to(self.device)
@@ -157,7 +157,7 @@ class ModelShard:
                     with torch.enable_grad():
                         window = window.clone().requires_grad_(True)
                         loss = torch.nn.functional.cross_entropy(self.model.logits(window)[0, :-1].float(), ids[1:])
-                        parts.append(torch.autograd.grad(loss, window)[0])
+                        parts.append(torch.autograd.grad(loss * _loss_scale(len(ids)), window)[0])
             gradient = torch.cat(parts)
         else:
             gradient = upstream.to(self.device)
@@ -167,8 +167,8 @@ class ModelShard:
                 squares, gradient = squared_gradients(
                     layers, states, lambda hidden, i=index: self.model.run(i, hidden), gradient
                 )
-                windows = len(gradient)
-                means = {name: (square / windows).sqrt_().cpu() for name, square in squares.items()}
+                windows, scale = len(gradient), _loss_scale(states.shape[1])
+                means = {name: (square / windows).sqrt_().cpu() / scale for name, square in squares.items()}
                 taylor = [_taylor_mean(layer.weight, means[layer.name]) for layer in layers]
                 for layer, mean in zip(layers, taylor, strict=True):
                     if not math.isfinite(mean):
@@ -312,6 +312,12 @@ class ModelShard:
         for chunk, out in zip(hidden.split(WINDOWS_AT_ONCE), left.split(WINDOWS_AT_ONCE), strict=True):
             out.copy_(self.model.run(index, chunk.to(self.device)))
         return left
+
+
+def _loss_scale(length: int) -> float:
+    """What the loss of a window is multiplied with: about its tokens, over which it is a mean, so that float16 holds
+    its gradients. A power of two, which changes no digit where nothing under- or overflows."""
+    return 2.0 ** int(math.log2(length))
 
 
 def _taylor_mean(weight: Tensor, gradient: Tensor) -> float:

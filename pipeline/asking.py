@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import shlex
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.checkpoint import load_checkpoint
 from autoprune.pipeline.config import FREE_GROUP, Config
-from autoprune.pipeline.lineage import Candidate, Lineage, checkpointed
+from autoprune.pipeline.lineage import Candidate, Lineage, checkpointed, finite
 from autoprune.pipeline.mirror import CHECKPOINT
 from autoprune.pipeline.wording import (
     algorithm_text,
@@ -79,11 +78,7 @@ def facts(lineage: Lineage, candidate: Candidate) -> dict:
         "block_errors": list(candidate.evaluation.block_errors) if candidate.evaluation else [],
     }
     edges = [{"parent": parent, **lineage.edge(parent, candidate.id)} for parent in candidate.parents]
-    return found | {"against": [{name: _json(value) for name, value in edge.items()} for edge in edges]}
-
-
-def _json(value):
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return found | {"against": [{name: finite(value) for name, value in edge.items()} for edge in edges]}
 
 
 def reasoning(lineage: Lineage, candidate: Candidate) -> list[dict]:

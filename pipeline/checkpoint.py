@@ -84,13 +84,17 @@ class Journal(Sequence):
         self._size += len(line)
 
 
-def _record(path: Path, line: bytes, number: int) -> dict:
+def is_whole(line: bytes) -> bool:
+    """Whether a line of a journal matches its checksum."""
     try:
-        record = line[_RECORD_START:-2].decode("ascii")
-        if line == _line(record):
-            return json.loads(record)
+        return line == _line(line[_RECORD_START:-2].decode("ascii"))
     except ValueError:
-        pass  # not ASCII, or not JSON: damaged like any other
+        return False  # not ASCII: damaged like any other
+
+
+def _record(path: Path, line: bytes, number: int) -> dict:
+    if is_whole(line):
+        return json.loads(line[_RECORD_START:-2])
     raise InputError(
         f"{path}: line {number} is damaged (its checksum does not match); "
         f"restore the file from a copy, or start a new run"

@@ -30,10 +30,10 @@ from autoprune.models.loading import load_config, load_tokenizer, resolve_model
 from autoprune.models.masking import needs
 from autoprune.models.measuring import Measurement, Workbench
 from autoprune.models.pruning import check_model, default_device, native_dtype
-from autoprune.pipeline.comparison import FILE, Cell, Comparison, Result, Subject, cells
+from autoprune.pipeline.comparison import Cell, Comparison, Result, Subject, cells
 from autoprune.pipeline.comparison_report import Findings, figure, write_plots, write_tables
 from autoprune.pipeline.launch import signals
-from autoprune.pipeline.preparation import SPLITS, absolute, check_splits, misfit, spread
+from autoprune.pipeline.preparation import SPLITS, absolute, absolute_part, check_splits, misfit, spread
 
 CONFIG_FILE, CELLS = "config.yaml", "cells"  # in the run folder
 
@@ -120,19 +120,13 @@ def settled(config: Comparison) -> Comparison:
     methods = tuple(
         replace(
             group,
-            scores=tuple(map(absolute, group.scores)),
-            allocations=tuple(_absolute_allocation(allocation) for allocation in group.allocations),
+            scores=tuple(map(absolute_part, group.scores)),
+            allocations=tuple(map(absolute_part, group.allocations)),
         )
         for group in config.methods
     )
     dtype, runs = native_dtype(config.dtype), str(Path(config.runs).resolve())
     return replace(config, runs=runs, models=models, dtype=dtype, data=data, methods=methods)
-
-
-def _absolute_allocation(text: str) -> str:
-    """`FILE.py[@layer]` with the file's absolute path; any other as it is."""
-    file = text.removesuffix("@layer")
-    return absolute(file) + text[len(file) :] if file.endswith(FILE) else text
 
 
 def prepare(config: Comparison) -> list[Subject]:

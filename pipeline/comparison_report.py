@@ -257,8 +257,10 @@ def _column(found: Findings, methods: list[Method], target: Target, errors: list
 def _paired(found: Findings, methods: list[Method], target: Target) -> list[str]:
     """How far each method is from the best of a column. The texts' own difficulty, which is most of the standard error
     of a figure, is the same for both."""
-    results = {m: result for m in methods if (result := found.result(m, target)) and result.window_nlls}
-    best = min(results.values(), key=lambda result: result.nll, default=None)
+    measured = {m: r for m in methods if (r := found.result(m, target)) and r.error is None}
+    best = min(measured.values(), key=lambda result: result.nll, default=None)
+    # Of an older cell the windows are not known: where it is the best, nothing can be paired with it.
+    results = {m: r for m, r in measured.items() if r.window_nlls and best.window_nlls}
     texts = []
     for method in methods:
         if method not in results:

@@ -55,8 +55,11 @@ def conclude(
     measured += [(c.evaluation, e) for (_, c), e in zip(rows[1:], reported, strict=True)]
     table = [_row(method, candidate, *pair) for (method, candidate), pair in zip(rows, measured, strict=True)]
     model = folder / MODEL
-    if model.exists() and json.loads((model / SIDECAR).read_text()).get("candidate") != best.id:
-        shutil.rmtree(model)  # of an earlier end, before the budget was raised
+    if model.exists() and _candidate_of(model) != best.id:  # of an earlier end, before the budget was raised
+        old = folder / f".{MODEL}-old"  # out of the way at once: a kill in the midst would leave half of it
+        shutil.rmtree(old, ignore_errors=True)
+        model.rename(old)
+        shutil.rmtree(old)
     if not model.exists():
         progress.say(f"writing the pruned model of {best.id}")
         details = {
@@ -65,7 +68,7 @@ def conclude(
             "calibration": {
                 "corpus": config.data.calibration,
                 "sha256": hashes["calibration"],
-                "windows": config.data.calibration_windows,
+                "windows": pool.calibration_windows,
                 "context": config.data.context,
             },
             "dtype": config.target.dtype,
@@ -141,6 +144,14 @@ def conclude(
     )
     note += "`report.html`. Each candidate that was measured is a child run; its tags say where it is from."
     return [*artifacts, folder / "lineage.json", folder / CONFIG_FILE], metrics, note.strip()
+
+
+def _candidate_of(model: Path) -> str | None:
+    """Whose weights are pruned there, as the sidecar says, which is written last; None where it says nothing."""
+    try:
+        return json.loads((model / SIDECAR).read_text()).get("candidate")
+    except (OSError, ValueError):
+        return None
 
 
 def _gain(rows: list[tuple], measured: list[tuple[Evaluation, Evaluation]]) -> dict:

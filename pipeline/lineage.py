@@ -119,6 +119,11 @@ def paired_difference(child: Evaluation, parent: Evaluation) -> tuple[float, flo
     return mean, math.sqrt(sum((d - centre) ** 2 for d in differences) / (count - 1) / count)
 
 
+def finite(value):
+    """The value; None for a number that JSON cannot hold."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def json_lines(items: Sequence[dict]) -> str:
     """A JSON array with a line for each item."""
     return "[\n" + ",\n".join(map(json.dumps, items)) + "\n]"
@@ -215,7 +220,11 @@ class Lineage:
         return path
 
     def to_dict(self) -> dict:
-        edges = [{"parent": p, "child": c, **data} for p, c, data in self.graph.edges(data=True)]
+        """For JSON: what is not finite, such as the standard error of one window, is None."""
+        edges = [
+            {"parent": p, "child": c, **{name: finite(value) for name, value in data.items()}}
+            for p, c, data in self.graph.edges(data=True)
+        ]
         return {"candidates": [c.to_dict() for c in self], "edges": edges}
 
     def to_json(self) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from autoprune.actors.storage import Storage
 from autoprune.models.errors import InputError, Lost, TakenOver
-from autoprune.pipeline.checkpoint import KEPT, MANIFEST, PARTS, journal_line, write_atomic
+from autoprune.pipeline.checkpoint import KEPT, MANIFEST, PARTS, is_whole, journal_line, write_atomic
 
 CONFIG_FILE, JOURNAL, CHECKPOINT = "config.yaml", "journal", "checkpoint"
 MEMORY = "mlflow.json"  # of the run folder: which MLflow run this is
@@ -158,15 +158,23 @@ class Mirror:
 def fetch(storage: Storage, folder: Path) -> bool:
     """Make a run's folder from its copy, where the copy has more than the folder. Whether that was so.
 
-    Raises InputError where the copy's journal has a gap.
+    Raises InputError where the copy's journal has a gap, or neither journal goes on from the other: they are of two
+    runs, or of one that two machines went on with, and one of them would be lost.
     """
     config = storage.read(CONFIG_FILE)
     if config is None:
         return False
     lines = _journal(storage)
     journal = folder / "journal.jsonl"
-    here = journal.read_bytes().count(b"\n") if journal.exists() else -1
-    if len(lines) <= here and (folder / CONFIG_FILE).exists():  # it is written last
+    mine = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
+    mine = [line for line in mine if line.endswith(b"\n")]  # the last one may have been cut off by a kill
+    for number, (here, there) in enumerate(zip(mine, lines, strict=False), start=1):
+        if here != there and is_whole(here) and is_whole(there):
+            raise InputError(
+                f"{storage.uri} holds another run than {folder}, or one that went another way at record {number}: give "
+                "another storage, or move the folder away to go on with what is there"
+            )
+    if len(lines) <= len(mine) and journal.exists() and (folder / CONFIG_FILE).exists():  # it is written last
         return False
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)  # it may be of another way on from the same journal

@@ -26,6 +26,7 @@ from autoprune.models.loading import load_config as load_model_config
 from autoprune.models.loading import load_tokenizer, pinned, resolve_model
 from autoprune.models.masking import needs
 from autoprune.models.pruning import check_model, native_dtype
+from autoprune.pipeline.comparison import FILE
 from autoprune.pipeline.config import FREE_GROUP, SELF, Config, Data, Target
 from autoprune.pipeline.ledger import FRESH, PROBE
 from autoprune.pipeline.population import seed
@@ -153,7 +154,8 @@ def settled(config: Config) -> Config:
     read = read_by_seeds(config)
     offered = config.search.statistics
     offered += tuple(name for name in STATISTICS if name in read and name not in offered)
-    plan = replace(config.search, statistics=offered)
+    seeds = tuple("+".join(map(absolute_part, text.split("+", 1))) for text in config.search.seeds)
+    plan = replace(config.search, statistics=offered, seeds=seeds)
     storage = config.storage if "://" in config.storage or not config.storage else str(Path(config.storage).resolve())
     return replace(
         config,
@@ -164,6 +166,12 @@ def settled(config: Config) -> Config:
         generator=writer,
         data=data,
     )
+
+
+def absolute_part(text: str) -> str:
+    """A score or an allocation that is a file, `FILE.py[@layer]`, with the file's absolute path; any other as it is."""
+    file = text.removesuffix("@layer")
+    return absolute(file) + text[len(file) :] if file.endswith(FILE) else text
 
 
 def read_by_seeds(config: Config) -> frozenset[str]:

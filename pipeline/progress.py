@@ -69,5 +69,10 @@ class ConsoleProgress:
         summary = self._flights + self._summary
         self._bar.update(self._bar.task_ids[0], description=what, completed=done, total=total, summary=summary)
         if done >= total:
+            self.end()
+
+    def end(self) -> None:
+        """Leave the terminal as it was: while a bar is shown its cursor is hidden."""
+        if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -21,6 +21,7 @@ from autoprune.pipeline.lineage_page import lineage_html
 from autoprune.pipeline.plots import REFERENCES, lineage_png, progress_png, sensitivity_png, sparsity_png
 from autoprune.pipeline.report_markdown import report_markdown
 from autoprune.pipeline.report_page import report_html
+from autoprune.pipeline.run_folder import MODEL
 from autoprune.pipeline.wording import (
     algorithm_text,
     cells,
@@ -155,7 +156,8 @@ def print_report(folder: Path, console: Console) -> None:
         console.print(line, markup=False, highlight=False)
     source = algorithm_text(Algorithm.from_dict(summary["algorithm"]))
     console.print(Syntax(source, "python", background_color="default", word_wrap=True))
-    places = {"Model": Path(summary["model"]), "Algorithm": folder / "best.py"}
+    model = folder / MODEL  # the run may have been moved
+    places = {"Model": model if model.is_dir() else Path(summary["model"]), "Algorithm": folder / "best.py"}
     places |= {"Report": folder / "report.html", "Lineage": folder / "lineage.html", "Run": folder}
     for name, place in places.items():
         console.print(f"{name}: {place.resolve()}", markup=False, highlight=False, soft_wrap=True)

@@ -63,7 +63,10 @@ def search(options: argparse.Namespace) -> int:
     progress = ConsoleProgress()
     again = shlex.join(["autoprune", "search", "--resume", str(config.folder)])
     try:
-        folder = run_search(config, bool(resume), progress)
+        try:
+            folder = run_search(config, bool(resume), progress)
+        finally:
+            progress.end()
     except Lost as error:
         if isinstance(error, TakenOver) or not (config.folder / "config.yaml").exists():  # it had not begun
             raise
@@ -164,7 +167,9 @@ def lineage(options: argparse.Namespace) -> None:
         from autoprune.pipeline.checkpoint import write_atomic
         from autoprune.pipeline.lineage_page import lineage_html
 
-        write_atomic(options.html, lineage_html(lineage, find(lineage, "best").id, folder.resolve().name).encode())
+        dense = 0.0 if combined else None  # fitness of several cases is above the dense models
+        page = lineage_html(lineage, find(lineage, "best").id, folder.resolve().name, dense)
+        write_atomic(options.html, page.encode())
         print(options.html)
         return
     if options.of is not None:

@@ -137,7 +137,7 @@ def status_lines(facts: Mapping) -> list[str]:
     if facts.get("doing") and facts["state"] == "running":
         doing = facts["doing"]
         lines.append(f"{doing['what']}: {doing['done']} of {doing['total']}")
-    for number, shards in enumerate(facts["in_flight"]):
+    for number, shards in enumerate(facts["in_flight"] if facts["state"] == "running" else []):
         lines.append(f"replica {number}: {' '.join(map(str, shards))} candidates in flight, by shard")
     if facts["restarts"]:
         lines.append(f"{facts['restarts']} evaluators were made anew")

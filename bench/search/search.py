@@ -256,9 +256,13 @@ def table(found: dict[str, list[dict]]) -> str:
             values = [read(r) for r in runs]
             cells.append(_spread([value for value, _ in values], values[0][1]))
         lines.append(f"| {arm} | {len(runs)} | {' | '.join(cells)} |")
-    codes = {r["code"]: f"{arm}-{r['seed']}" for arm, runs in found.items() for r in runs}
+    codes: dict[str, list[str]] = {}
+    for arm, runs in found.items():
+        for r in runs:
+            codes.setdefault(r["code"], []).append(f"{arm}-{r['seed']}")
     if len(codes) > 1:
-        lines.append(f"\nOf {len(codes)} versions of the code: {', '.join(sorted(codes))}.")
+        each = "; ".join(f"{code}: {', '.join(names)}" for code, names in sorted(codes.items()))
+        lines.append(f"\nOf {len(codes)} versions of the code. {each}.")
     return "\n".join(lines) + "\n"
 
 

@@ -6,10 +6,11 @@ import pytest
 from json_server import JsonHandler, served
 
 from autoprune.actors.chance import GeneticGenerator, GrammarGenerator
-from autoprune.actors.generator import OpenAIGenerator
+from autoprune.actors.generator import OpenAIGenerator, ScriptedGenerator
 from autoprune.actors.messages import Request
 from autoprune.algorithms.answers import NOBODY, parse_answer
 from autoprune.algorithms.grammar import PARTS, WRITTEN_PARTS
+from autoprune.models.errors import InputError
 
 
 class NoGrammar(JsonHandler):
@@ -49,6 +50,29 @@ def test_a_server_without_grammars_is_told_in_words(server):
     generator.generate([request])  # the refusal is remembered
     assert len(NoGrammar.asked) == 3 and "structured_outputs" not in NoGrammar.asked[-1]
     generator.stop()
+
+
+def test_a_web_page_is_no_server_and_bytes_are_no_answers(tmp_path):
+    class Page(NoGrammar):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>welcome</html>")
+
+    class Other(NoGrammar):
+        def do_GET(self):
+            self.answer({"status": "fine"})
+
+    for handler in (Page, Other):
+        with (
+            served(handler) as url,
+            pytest.raises(InputError, match="is no OpenAI-compatible server: generator.base_url"),
+        ):
+            OpenAIGenerator(url, "plain")
+    (tmp_path / "answers").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="answers is not text in UTF-8"):
+        ScriptedGenerator(tmp_path / "answers")
 
 
 def test_a_server_in_trouble_is_asked_again_from_its_first_failure_on(monkeypatch):

@@ -2,6 +2,7 @@
 given, or whose disk is full. Replicas are scripted here; `test_pool` has real ones."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -13,6 +14,7 @@ from autoprune.actors.placement import ActorResources
 from autoprune.actors.pool import CONTROL, EvaluatorPool, _Start
 from autoprune.actors.replica import PoolPlan
 from autoprune.algorithms.algorithm import Algorithm
+from autoprune.algorithms.statistics import NotFiniteError
 from autoprune.models.errors import InputError, Lost
 
 DIED = ray.exceptions.ActorDiedError
@@ -68,14 +70,13 @@ def make(*replicas, **changes) -> Pool:
         bounds=((0, 1),),
         replicas=len(replicas),
         threads=1,
-        dtype="float32",
         sparsity=0.5,
         splits={"calibration": text, "fitness": text, "report": text.repeat(4, 1)},
         statistics=frozenset(),
         features=frozenset(),
         attempts=2,
         resources=ActorResources(0.0, 0, "cpu"),
-        **{"model": "none", "deadline": 60.0, **changes},
+        **{"model": "none", "dtype": "float32", "deadline": 60.0, **changes},
     )
     pool = Pool(plan)
     pool._replicas = list(replicas)
@@ -206,6 +207,28 @@ def test_what_was_stopped_is_not_started_again():
     with pytest.raises(Lost, match="were stopped"):
         pool._look_after()
     assert not replica.starts
+
+
+def test_an_evaluator_that_hangs_while_it_writes_is_replaced(cluster, tiny_model, tmp_path):
+    @ray.remote(num_cpus=0)
+    class Hanging:
+        def export(self, *_):
+            time.sleep(600)
+
+    replica = Scripted("ready")
+    replica.actors = [Hanging.remote()]
+    pool = make(replica, model=str(tiny_model), deadline=0.02)
+    with pytest.raises(Lost, match="could not write"):
+        pool.export(tmp_path / "out", Algorithm("def score(W):\n    return W.abs()\n"), {})
+    assert replica.starts == 1 and not list(tmp_path.iterdir())
+
+
+def test_what_is_not_finite_is_said_with_what_may_help():
+    cause = NotFiniteError("block 1, q_proj: an input is not finite")
+    for dtype, way in (("float16", "bfloat16"), ("bfloat16", "float32"), ("float32", "the model is damaged")):
+        pool = make(Scripted("ready"), dtype=dtype)
+        (text,) = pool._unusable(SimpleNamespace(cause=cause)).args
+        assert f"block 1, q_proj: an input is not finite: {dtype} overflows; " in text and text.endswith(way)
 
 
 def test_a_full_disk_of_an_evaluators_machine_is_not_the_drivers(cluster, tiny_model, tmp_path):

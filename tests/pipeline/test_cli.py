@@ -451,7 +451,11 @@ def test_status_says_how_far_a_search_is(capsys, tmp_path):
         for part in ("evaluating (fitness)", "8/8", "in flight 2+4", "generation 2/9", "best 54.60", "30 tok/s",
                      "1800 evaluations/h", "left 40 calls"):  # fmt: skip
             assert part in drawn
-    assert "gone, last heard" in shown(capsys, "status", folder)
+        status.step("evaluating (report)", 1, 8)
+        console.end()
+        assert console.console.file.getvalue().endswith("\x1b[?25h\r\x1b[1A\x1b[2K"), "the cursor is seen again"
+    text = shown(capsys, "status", folder)
+    assert "gone, last heard" in text and "in flight" not in text
     status.state({"best": {"id": "g01-c01", "nll": 0.5, "combined": "worst", "final": True}})
     status.end("stopped")
     text = shown(capsys, "status", folder)

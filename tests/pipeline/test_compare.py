@@ -363,6 +363,13 @@ def test_methods_are_set_against_the_best_of_a_column_window_by_window(config):
         ["wanda", f"+0.2000 ± {error:.4f}"], ["wanda+owl", "best"], ["wanda+sdsa", "–"], ["wanda+dlp", "–"]
     ]  # fmt: skip
     assert "| 66.69 (1.000) |" in text.replace("  ", ""), "without an error where there is none"
+    for (method, target), result in list(found._results.items()):
+        if str(method) == "wanda+sdsa":
+            found._results[method, target] = replace(result, nll=4.0 - 0.1)
+    text = results_markdown(config, [found])
+    assert "+0.2" not in text.partition("paired")[2] and "| best |" not in text.replace("  ", ""), (
+        "nothing to pair with"
+    )
 
 
 def test_a_picture_for_each_model_with_a_curve(config, tmp_path):
@@ -579,6 +586,8 @@ def test_an_allocation_from_a_file_is_found_from_anywhere(config, tmp_path, monk
     (group,) = settled(replace(config, methods=methods)).methods
     assert group.allocations == (f"{tmp_path}/ours.py", f"{tmp_path}/ours.py@layer", "sdsa@layer:tuned")
     assert [str(Method("wanda", "none", a)) for a in group.allocations[:2]] == ["wanda+ours.py", "wanda+ours.py@layer"]
+    (tmp_path / "wanda").mkdir()
+    assert settled(replace(config, methods=methods)).methods[0].scores == ("wanda",), "not the folder"
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "ours.py").write_text(ALLOCATE)
     with pytest.raises(InputError, match="b/ours.py and ours.py: give them different names"):

@@ -8,6 +8,7 @@ from local import LocalEvaluator, SilentProgress, local_search, small_config, wi
 
 from autoprune.actors.storage import Storage, below
 from autoprune.models.errors import InputError, Lost, TakenOver
+from autoprune.pipeline.checkpoint import journal_line
 from autoprune.pipeline.mirror import Mirror, fetch
 from autoprune.pipeline.search import Search
 
@@ -118,6 +119,22 @@ def test_the_mlflow_run_goes_with_the_copy_and_a_fetch_that_was_cut_off_is_done_
     (other / "config.yaml").unlink()  # the last thing that it writes
     assert fetch(storage, other) and (other / "config.yaml").read_bytes() == b"config"
     assert not fetch(storage, other)
+
+
+@pytest.mark.parametrize("here", [2, 5])
+def test_another_run_or_another_way_on_is_not_overwritten(tmp_path, storage, here):
+    Mirror(storage, print, tmp_path).begin(b"theirs", [{"n": number} for number in range(3)])
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    lines = [journal_line({"n": 0}), *(journal_line({"mine": number}) for number in range(1, here))]
+    (folder / "journal.jsonl").write_bytes(b"".join(lines))
+    (folder / "config.yaml").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"holds another run than .*, or one that went another way at record 2: give"):
+        fetch(storage, folder)
+    assert (folder / "journal.jsonl").read_bytes() == b"".join(lines)
+    assert (folder / "config.yaml").read_bytes() == b"mine"
+    (folder / "journal.jsonl").write_bytes(lines[0] + lines[1].replace(b"mine", b"mind"))  # a damaged line is no way on
+    assert fetch(storage, folder) and (folder / "config.yaml").read_bytes() == b"theirs"
 
 
 class Broken:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -43,7 +44,7 @@ SCORES = (
 class Pool(LocalEvaluator):
     """Also what the end of a search asks of a pool. seen: what was measured, and which shares of blocks went."""
 
-    folder, seen = None, ()
+    folder, seen, calibration_windows = None, (), 7
 
     @property
     def numels(self):
@@ -97,6 +98,24 @@ def done(tmp_path_factory, tiny_model):
     hashes = dict.fromkeys(("calibration", "fitness", "report"), "ab")
     conclude(config, config.folder, pool, search, hashes, ("mlflow ui", "here"), search.progress)
     return search, pool, config.folder
+
+
+def test_the_model_says_of_how_much_text_it_was_calibrated_on(done):
+    sidecar = json.loads((done[2] / "model" / "autoprune.json").read_text())
+    assert sidecar["calibration"]["windows"] == 7, "the text's, not the configuration's"
+
+
+def test_half_a_model_that_a_kill_left_is_written_anew(done, tmp_path):
+    search, pool, folder = done
+    model, old = tmp_path / "model", folder / "model"
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    whole = (old / "autoprune.json").read_text()
+    (model / "autoprune.json").unlink()
+    hashes = dict.fromkeys(("calibration", "fitness", "report"), "ab")
+    conclude(search.config, tmp_path, pool, search, hashes, ("mlflow ui", "here"), search.progress)
+    assert (model / "autoprune.json").read_text() == whole
+    assert (model / "model.safetensors").read_bytes() == (old / "model.safetensors").read_bytes()
+    assert not list(tmp_path.glob(".model-*"))
 
 
 def groups_kept(model, of):

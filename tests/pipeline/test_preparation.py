@@ -2,7 +2,7 @@
 
 import pytest
 
-from autoprune.pipeline.config import Config, Generator, Target
+from autoprune.pipeline.config import Config, Generator, SearchPlan, Target
 from autoprune.pipeline.preparation import absolute, settled, spread
 
 
@@ -25,6 +25,11 @@ def test_a_folders_name_may_have_a_bracket_and_a_servers_model_is_no_folder(tmp_
         (tmp_path / name).mkdir()
     (tmp_path / "my.jsonl").touch()
     assert absolute("model [8B] v1.0/") == str(tmp_path / "model [8B] v1.0")
+    (tmp_path / "ours.py").write_text("def allocate(profile, sparsity):\n    return profile.skewness\n")
+    seeds = settled(
+        Config(target=Target("served"), search=SearchPlan(seeds=("wanda+ours.py@layer", "ria+sdsa")))
+    ).search.seeds
+    assert seeds == (f"wanda+{tmp_path}/ours.py@layer", "ria+sdsa")
     assert absolute("my.jsonl[0:4]") == f"{tmp_path / 'my.jsonl'}[0:4]" and absolute("org/name") == "org/name"
     for kind, model in (("openai", "served"), ("vllm", str(tmp_path / "served"))):
         config = settled(Config(target=Target("served"), generator=Generator(kind=kind, model="served")))

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -390,6 +391,12 @@ def test_print_report_says_where_everything_is(report, monkeypatch):
     assert f"Report: {folder / 'report.html'}\n" in text
     assert f"Model: {folder.parent}/runs/demo/[model]\n" in text
     assert "# allocation: sdsa" in text
+
+
+def test_a_run_that_was_moved_names_its_own_model(report, tmp_path):
+    moved = shutil.copytree(report[0], tmp_path / "moved")
+    (moved / "model").mkdir()
+    assert f"Model: {moved / 'model'}\n" in printed(lambda console: print_report(moved, console))
 
 
 @pytest.mark.parametrize("content", [None, "{half"])
