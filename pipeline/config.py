@@ -483,5 +483,5 @@ def _placed(config: Config) -> dict:
     """As a mapping, in which files that came with a Ray job are named from its folder: Ray unpacks the next job, and
     the same one on another cluster, somewhere else. And without revisions of models of the hub: where the newest one
     has become another, the old one has to be named, and what the dense models measure tells one from the other."""
-    text = re.sub(r'"/[^"]*/_ray_pkg_[0-9a-f]+/', '"', json.dumps(config.to_dict()))
+    text = re.sub(r'(?<=["+])/[^"]*/_ray_pkg_[0-9a-f]+/', "", json.dumps(config.to_dict()))
     return json.loads(re.sub(rf'"({HUB_ID.pattern})@[\w.-]+"', r'"\1"', text))

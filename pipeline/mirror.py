@@ -8,6 +8,7 @@ for the records between two checkpoints.
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shutil
@@ -23,6 +24,7 @@ CONFIG_FILE, JOURNAL, CHECKPOINT = "config.yaml", "journal", "checkpoint"
 MEMORY = "mlflow.json"  # of the run folder: which MLflow run this is
 WRITER = "writer"  # holds a token of the search that writes there now
 PART = re.compile(r"journal/(\d+)-(\d+)\.jsonl")  # of the records first … last
+LOST = "journal.jsonl.lost"  # of the run folder: what another machine's way on has taken the place of
 PAUSE = 30.0  # seconds for which a storage that failed is left alone: each try may take a time-out
 
 
@@ -158,8 +160,8 @@ class Mirror:
 def fetch(storage: Storage, folder: Path) -> bool:
     """Make a run's folder from its copy, where the copy has more than the folder. Whether that was so.
 
-    Raises InputError where the copy's journal has a gap, or neither journal goes on from the other: they are of two
-    runs, or of one that two machines went on with, and one of them would be lost.
+    Where two machines went on with a run, neither journal goes on from the other: the longer one counts. Here the other
+    is set aside; in the storage it is not, which raises InputError, as does a gap in the copy's journal.
     """
     config = storage.read(CONFIG_FILE)
     if config is None:
@@ -168,12 +170,15 @@ def fetch(storage: Storage, folder: Path) -> bool:
     journal = folder / "journal.jsonl"
     mine = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
     mine = [line for line in mine if line.endswith(b"\n")]  # the last one may have been cut off by a kill
-    for number, (here, there) in enumerate(zip(mine, lines, strict=False), start=1):
-        if here != there and is_whole(here) and is_whole(there):
-            raise InputError(
-                f"{storage.uri} holds another run than {folder}, or one that went another way at record {number}: give "
-                "another storage, or move the folder away to go on with what is there"
-            )
+    pairs = enumerate(zip(mine, lines, strict=False), start=1)
+    parted = next((n for n, (one, other) in pairs if one != other and is_whole(one) and is_whole(other)), None)
+    if parted and len(lines) <= len(mine):
+        raise InputError(
+            f"{storage.uri} holds another run than {folder}, or one that went another way at record {parted}: give "
+            "another storage, or move the folder away to go on with what is there"
+        )
+    if parted:
+        os.replace(journal, journal.with_name(LOST))
     if len(lines) <= len(mine) and journal.exists() and (folder / CONFIG_FILE).exists():  # it is written last
         return False
     folder.mkdir(parents=True, exist_ok=True)

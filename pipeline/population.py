@@ -67,17 +67,18 @@ def read_allocation(text: str) -> Allocation:
 
     Defaults are written out, so that equal allocations have equal texts. Raises InputError, one line.
     """
+    file = text.removesuffix("@layer")
+    if file.endswith(".py"):  # in whose path there may be any character
+        functions = read_functions(Path(file))
+        if "allocate" not in functions:
+            raise InputError(f"{file} holds no `{FORMS['allocate']}`")
+        return Allocation(WRITTEN, {}, "block" if file == text else "layer", source=functions["allocate"].text)
     head, colon, settings = text.partition(":")
     name, at, per = head.partition("@")
     if at and per != "layer":
         raise InputError(f"unknown ending {at + per!r} of allocation {head!r}: expected @layer or nothing")
     if name.endswith(".py"):
-        if colon:
-            raise InputError(f"{text!r}: an allocation from a file has no parameters; write them into {name}")
-        functions = read_functions(Path(name))
-        if "allocate" not in functions:
-            raise InputError(f"{name} holds no `{FORMS['allocate']}`")
-        return Allocation(WRITTEN, {}, "layer" if at else "block", source=functions["allocate"].text)
+        raise InputError(f"{text!r}: an allocation from a file has no parameters; write them into {name}")
     if settings == "tuned":
         raise InputError(f"{text!r} needs a fitness split: `autoprune compare` tunes; here, give parameters or none")
     parts = [part.strip() for part in settings.split(",")] if colon else []
@@ -166,7 +167,9 @@ def seed(text: str, group: str = FREE_GROUP) -> Candidate:
     if group != FREE_GROUP:  # there is nothing to claim of an allocation
         algorithm, claims = replace(algorithm, group=group), claims[:1]
     hypothesis = "; ".join(claim for claim in claims if claim)
-    return Candidate(f"seed-{text}", 0, "seed", algorithm=algorithm, hypothesis=hypothesis)
+    score, plus, allocation = text.partition("+")
+    name = f"{score}{plus}{Path(allocation).name}"  # of a file: its path is another one on another machine
+    return Candidate(f"seed-{name}", 0, "seed", algorithm=algorithm, hypothesis=hypothesis)
 
 
 def choose_parents(rng: random.Random, operator: str, best: Sequence[Candidate]) -> tuple[str, ...]:

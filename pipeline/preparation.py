@@ -155,6 +155,10 @@ def settled(config: Config) -> Config:
     offered = config.search.statistics
     offered += tuple(name for name in STATISTICS if name in read and name not in offered)
     seeds = tuple("+".join(map(absolute_part, text.split("+", 1))) for text in config.search.seeds)
+    names = [seed(text).id.removeprefix("seed-") for text in seeds]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"search.seeds has two of the name {name}: give the files different names")
     plan = replace(config.search, statistics=offered, seeds=seeds)
     storage = config.storage if "://" in config.storage or not config.storage else str(Path(config.storage).resolve())
     return replace(

@@ -86,13 +86,15 @@ def plan(options: argparse.Namespace) -> int:
 
     from autoprune.models.errors import InputError
     from autoprune.pipeline.config import load_config
+    from autoprune.pipeline.launch import for_cpus
     from autoprune.pipeline.planning import GIB, machine_gib, plan, plan_lines
 
     memory, gpus, host = options.gpu_memory, None, None
     if memory is not None and not 0 <= memory < math.inf:
         raise InputError(f"--gpu-memory is {memory:g}: expected 0 or more GiB")
     if memory is None:
-        gpus, host = torch.cuda.device_count(), machine_gib()
+        gpus = 0 if for_cpus() or not torch.cuda.is_available() else torch.cuda.device_count()
+        host = machine_gib()
         memory = torch.cuda.get_device_properties(0).total_memory / GIB if gpus else 0.0
     config = load_config(options.config, options.set)
     found = plan(config, memory, host if memory else machine_gib(), gpus)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -55,6 +56,17 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def _check_same(stored: Config, config: Config, place: Path | str) -> None:
+    """Raises InputError where a run that lies there cannot go on with this configuration."""
+    changed = difference(stored, config)
+    if changed:
+        free = ", ".join(f"{section}.{name}".strip(".") for section, names in FREE.items() for name in names)
+        raise InputError(
+            f"the configuration of {place} was changed ({'; '.join(changed)}): start another run; what a run may "
+            f"be resumed with other values of is {free}"
+        )
+
+
 def _lock(file: IO) -> bool:
     """Whether the file could be locked, or lies on a filesystem without locks."""
     end = time.monotonic() + LOOK
@@ -79,17 +91,15 @@ def open_folder(folder: Path, config: Config, resume: bool, held: ExitStack) -> 
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(folder))
         with _reaching(storage):
+            if (theirs := storage.read(CONFIG_FILE)) is not None:
+                with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
+                    Path(file.name).write_bytes(theirs)
+                    _check_same(load_config(Path(file.name)), config, storage.uri)
             fetch(storage, folder)
     if resume:
         if not stored.exists():
             raise InputError(f"no run to resume in {folder}: expected {CONFIG_FILE} there")
-        changed = difference(load_config(stored), config)
-        if changed:
-            free = ", ".join(f"{section}.{name}".strip(".") for section, names in FREE.items() for name in names)
-            raise InputError(
-                f"the configuration of {folder} was changed ({'; '.join(changed)}): start another run; what a run may "
-                f"be resumed with other values of is {free}"
-            )
+        _check_same(load_config(stored), config, folder)
         if storage is None:
             held.enter_context(locked(folder))
         for rest in folder.glob(f".{MODEL}-*"):  # of an export that was killed

@@ -317,7 +317,6 @@ class MlflowTracker:
                 if failures == FAILURES_PER_CALL:
                     return
             if time.monotonic() > end:
-                self._failed = time.monotonic()  # a store that is slow is left alone for a while, too
                 return
 
     def _tried(self, call: Callable[[], None]) -> bool:

@@ -149,6 +149,7 @@ def test_gpus_that_this_torch_cannot_use_are_not_counted(monkeypatch, address, b
     monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.setattr("socket.create_connection", lambda *_: socket.socket())
     monkeypatch.setattr("torch.version.cuda", build)
+    monkeypatch.setattr("autoprune.pipeline.launch.distributions", lambda name: [])
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with cluster():

@@ -121,20 +121,24 @@ def test_the_mlflow_run_goes_with_the_copy_and_a_fetch_that_was_cut_off_is_done_
     assert not fetch(storage, other)
 
 
-@pytest.mark.parametrize("here", [2, 5])
-def test_another_run_or_another_way_on_is_not_overwritten(tmp_path, storage, here):
+def test_of_two_ways_on_the_longer_one_counts_and_none_is_lost(tmp_path, storage):
     Mirror(storage, print, tmp_path).begin(b"theirs", [{"n": number} for number in range(3)])
     folder = tmp_path / "mine"
     folder.mkdir()
-    lines = [journal_line({"n": 0}), *(journal_line({"mine": number}) for number in range(1, here))]
-    (folder / "journal.jsonl").write_bytes(b"".join(lines))
+    mine = [journal_line({"n": 0}), *(journal_line({"mine": number}) for number in range(1, 5))]
     (folder / "config.yaml").write_bytes(b"mine")
+    journal = folder / "journal.jsonl"
+    journal.write_bytes(b"".join(mine))
     with pytest.raises(InputError, match=r"holds another run than .*, or one that went another way at record 2: give"):
         fetch(storage, folder)
-    assert (folder / "journal.jsonl").read_bytes() == b"".join(lines)
-    assert (folder / "config.yaml").read_bytes() == b"mine"
-    (folder / "journal.jsonl").write_bytes(lines[0] + lines[1].replace(b"mine", b"mind"))  # a damaged line is no way on
+    assert journal.read_bytes() == b"".join(mine) and (folder / "config.yaml").read_bytes() == b"mine"
+    journal.write_bytes(b"".join(mine[:2]))
     assert fetch(storage, folder) and (folder / "config.yaml").read_bytes() == b"theirs"
+    assert journal.read_bytes().count(b"\n") == 3
+    assert (folder / "journal.jsonl.lost").read_bytes() == b"".join(mine[:2])
+    (folder / "journal.jsonl.lost").unlink()
+    journal.write_bytes(mine[0] + mine[1].replace(b"mine", b"mind"))  # a damaged line is no way on
+    assert fetch(storage, folder) and not (folder / "journal.jsonl.lost").exists()
 
 
 class Broken:

@@ -1,8 +1,12 @@
 """Fitness and fresh windows: apart from each other, and each over the whole text."""
 
+import shutil
+
 import pytest
 
+from autoprune.models.errors import InputError
 from autoprune.pipeline.config import Config, Generator, SearchPlan, Target
+from autoprune.pipeline.population import seed
 from autoprune.pipeline.preparation import absolute, settled, spread
 
 
@@ -30,6 +34,11 @@ def test_a_folders_name_may_have_a_bracket_and_a_servers_model_is_no_folder(tmp_
         Config(target=Target("served"), search=SearchPlan(seeds=("wanda+ours.py@layer", "ria+sdsa")))
     ).search.seeds
     assert seeds == (f"wanda+{tmp_path}/ours.py@layer", "ria+sdsa")
+    assert [seed(text).id for text in seeds] == ["seed-wanda+ours.py@layer", "seed-ria+sdsa"]
+    (tmp_path / "you@there").mkdir()
+    shutil.copy("ours.py", "you@there")
+    with pytest.raises(InputError, match="search.seeds has two of the name wanda\\+ours.py: give"):
+        settled(Config(target=Target("served"), search=SearchPlan(seeds=("wanda+ours.py", "wanda+you@there/ours.py"))))
     assert absolute("my.jsonl[0:4]") == f"{tmp_path / 'my.jsonl'}[0:4]" and absolute("org/name") == "org/name"
     for kind, model in (("openai", "served"), ("vllm", str(tmp_path / "served"))):
         config = settled(Config(target=Target("served"), generator=Generator(kind=kind, model="served")))

@@ -8,6 +8,8 @@ from local import small_config
 
 from autoprune.actors.storage import Storage
 from autoprune.models.errors import InputError, Lost
+from autoprune.pipeline.mirror import Mirror
+from autoprune.pipeline.preparation import place_of
 from autoprune.pipeline.run_folder import begun, open_folder
 
 
@@ -40,3 +42,15 @@ def test_a_storage_that_is_away_is_one_clear_line_that_says_where(tmp_path, monk
     ):
         with ExitStack() as held, pytest.raises(Lost, match=f"cannot get the run from storage {tmp_path}.*no network"):
             action(held)
+
+
+def test_a_storage_of_another_configuration_takes_the_place_of_nothing(tmp_path):
+    config = replace(small_config(tmp_path / "runs"), storage=str(tmp_path / "copies"))
+    theirs = replace(config, seed=config.seed + 1)
+    Mirror(Storage(place_of(config)), print, tmp_path).begin(theirs.to_yaml().encode(), [{"n": 0}, {"n": 1}])
+    config.folder.mkdir(parents=True)
+    (config.folder / "config.yaml").write_bytes(config.to_yaml().encode())
+    with ExitStack() as held, pytest.raises(InputError, match="configuration of .*copies.* was changed .*seed"):
+        open_folder(config.folder, config, True, held)
+    assert not (config.folder / "journal.jsonl").exists()
+    assert (config.folder / "config.yaml").read_bytes() == config.to_yaml().encode()

@@ -90,27 +90,6 @@ def test_a_store_that_fails_is_left_alone_for_a_while(uri, tmp_path, monkeypatch
     assert parent.info.status == "FINISHED"
 
 
-def test_a_store_that_is_slow_is_left_alone_for_a_while(uri, tmp_path, monkeypatch):
-    tracker = started(uri, tmp_path)
-    monkeypatch.setattr("autoprune.pipeline.tracking.PAUSE", 60.0)
-    monkeypatch.setattr("autoprune.pipeline.tracking.CATCHING_UP", 0.1)
-    real, made = tracker._client.log_batch, []
-
-    def slow(*arguments, **named):
-        made.append(1)
-        time.sleep(0.2)
-        return real(*arguments, **named)
-
-    with monkeypatch.context() as slowly:
-        slowly.setattr(tracker._client, "log_batch", slow)
-        for generation in range(5):
-            tracker.generation(generation, {"best_fitness_nll": 5.0})
-        assert len(made) == 1
-    tracker.finish("FINISHED", {}, [])
-    client, parent, _ = store(uri)
-    assert len(client.get_metric_history(parent.info.run_id, "best_fitness_nll")) == 5
-
-
 def test_what_a_store_missed_is_written_bit_by_bit(uri, tmp_path, monkeypatch):
     tracker = started(uri, tmp_path)
     with monkeypatch.context() as broken:
