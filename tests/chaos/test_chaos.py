@@ -97,11 +97,14 @@ def kill(victim: str, rng: random.Random, nodes, driver, folder, model):
         cluster.remove_node(extra.pop(rng.randrange(len(extra))), allow_graceful=False)
         extra.append(cluster.add_node(num_cpus=1))
         return driver
-    deadline, name = time.monotonic() + 60, "Chaotic" if victim == "evaluator" else "Scripted"
-    while not (there := pids(name)) and time.monotonic() < deadline:  # it is being made anew
-        time.sleep(0.1)
-    os.kill(rng.choice(there), signal.SIGKILL)
-    return driver
+    deadline, name = time.monotonic() + 300, "Chaotic" if victim == "evaluator" else "Scripted"
+    while time.monotonic() < deadline:
+        try:
+            os.kill(rng.choice(pids(name)), signal.SIGKILL)
+            return driver
+        except (IndexError, ProcessLookupError):  # it is being made anew, which takes long where all are
+            time.sleep(0.1)
+    raise AssertionError(f"no {name} came back within 300 s")
 
 
 def check(folder: Path, whole: Path) -> None:
