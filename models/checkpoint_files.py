@@ -24,9 +24,13 @@ def weight_files(folder: Path) -> dict[str, Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not single.exists() and index.exists():  # in this order transformers looks for them: an index may be left over
         try:
-            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
         except (ValueError, KeyError, AttributeError, TypeError):
             raise InputError(f"{index} is damaged: expected a weight_map; fetch or save the model again") from None
+        for file in set(files.values()):
+            if not file.exists():
+                raise InputError(f"{file} is missing, which the index names: fetch or save the model again")
+        return files
     if not single.exists():
         raise InputError(
             f"{folder} holds no model.safetensors: expected a safetensors checkpoint; save it as one first"

@@ -102,7 +102,7 @@ def model_sizes(config: PretrainedConfig, name: str, dtype: str) -> ModelSizes:
     model, _, prefix = build(config, name, getattr(torch, dtype))
     blocks = model.get_submodule(prefix)
     text = config.get_text_config()
-    layers = [block_layers(block, config, lambda *_: ()) for block in blocks]
+    layers = [block_layers(block, text, lambda *_: ()) for block in blocks]
     ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     sizes = {part: _bytes(module.state_dict().values()) if module is not None else 0 for part, module in ends.items()}
     outside = [tensor for key, tensor in model.state_dict().items() if not inside(key, prefix)]

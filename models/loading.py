@@ -21,8 +21,9 @@ BUNDLED_MODELS = [name for name, entry in CATALOGUE.items() if entry.kind == "mo
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja", "merges.txt")
 # Patterns cross folders: what lies in one, or is the same in another form (Mistral's), would be fetched beside it.
 HUB_IGNORED = ("*/*", "consolidated*.safetensors")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json")
 HUB_SECONDS = 10  # for the first answer; a download that has begun may take as long as it needs
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_MODEL = re.compile(rf"(?P<id>{HUB_ID.pattern})(?:@(?P<revision>[\w.-]+))?")
 
 # Tensors of a GGUF file whose names begin with `blk.<n>.`, for the two architectures that the catalogue holds.
@@ -85,6 +86,7 @@ def _from_hub(name: str, revision: str | None, files: tuple[str, ...] = HUB_FILE
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -104,7 +106,7 @@ def _from_hub(name: str, revision: str | None, files: tuple[str, ...] = HUB_FILE
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
         try:
             return Path(snapshot_download(name, revision=revision, local_files_only=True, **wanted))
-        except LocalEntryNotFoundError:
+        except (LocalEntryNotFoundError, HFValidationError):
             raise InputError(
                 f"cannot get {name} from the model hub ({type(error).__name__}); check the network, "
                 f"give a local folder, or use a bundled model: {', '.join(BUNDLED_MODELS)}"
@@ -126,13 +128,16 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a resolved model; code from the folder is never run."""
     from transformers import AutoTokenizer
 
+    expected = "expected tokenizer.json and tokenizer_config.json beside config.json"
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a broken tokenizer.json raises a bare Exception from the Rust side
-        raise InputError(
-            f"cannot read the tokenizer in {path}: {_first_line(error)}; expected tokenizer.json and "
-            "tokenizer_config.json beside config.json"
-        ) from error
+        raise InputError(f"cannot read the tokenizer in {path}: {_first_line(error)}; {expected}") from error
+    own = tokenizer.vocab_files_names.values()
+    # Without any file some families get an empty vocabulary. Those that read bytes need none.
+    if own and not any((Path(path) / name).exists() for name in (*own, *TOKENIZER_FILES)):
+        raise InputError(f"cannot read the tokenizer in {path}: no file of it is there; {expected}")
+    return tokenizer
 
 
 def _first_line(error: Exception) -> str:

@@ -168,16 +168,14 @@ def evaluate(
         shard = _whole_model(other, dtype, device, offload)
         lane = _through(shard, tokens)
         shard.score(lane, tokens)
-        dense_nlls = lane.report.window_nlls
+        dense_nlls = _finite(lane.report.window_nlls, dtype, reference)
         dense = Reference(lane.hidden, shard.model.logits)
     measured = _whole_model(folder, dtype, device, offload)
     lane = _through(measured, tokens)
     with shard.model.head() if dense else nullcontext():
         measured.score(lane, tokens, dense)
-    nlls, divergences = lane.report.window_nlls, lane.report.window_kls
+    nlls, divergences = _finite(lane.report.window_nlls, dtype, model), lane.report.window_kls
     nll = sum(nlls) / len(nlls)
-    if not math.isfinite(nll):
-        raise InputError(f"the likelihood of the text is not finite: {dtype} overflows on {model}; try another dtype")
     return Perplexity(
         model=model,
         corpus=corpus,
@@ -194,6 +192,13 @@ def evaluate(
         kl=sum(divergences) / len(divergences) if divergences else None,
         kl_standard_error=standard_error(divergences),
     )
+
+
+def _finite(nlls: list[float], dtype: str, model: str) -> list[float]:
+    """The windows' likelihoods; InputError where one is not finite."""
+    if not math.isfinite(sum(nlls)):
+        raise InputError(f"the likelihood of the text is not finite: {dtype} overflows on {model}; try another dtype")
+    return nlls
 
 
 def _through(shard: ModelShard, tokens: torch.Tensor) -> Lane:

@@ -158,7 +158,7 @@ class ModelShard:
                         window = window.clone().requires_grad_(True)
                         loss = torch.nn.functional.cross_entropy(self.model.logits(window)[0, :-1].float(), ids[1:])
                         parts.append(torch.autograd.grad(loss * _loss_scale(len(ids)), window)[0])
-            gradient = torch.cat(parts)
+            gradient = torch.cat(parts).to(self.device)  # with offload states are on the CPU
         else:
             gradient = upstream.to(self.device)
         for index in reversed(range(self.model.count)):

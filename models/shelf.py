@@ -19,24 +19,25 @@ class Shelf:
     Those on disk come back on the CPU. Raises InputError where the disk is full."""
 
     def __init__(self, on_disk: bool) -> None:
-        self._folder = None
-        if on_disk:
-            cache_folder().mkdir(parents=True, exist_ok=True)
-            self._folder = TemporaryDirectory(prefix=".shelf-", dir=cache_folder())
+        self._on_disk = on_disk
+        self._folder: TemporaryDirectory | None = None  # made when it is needed: most runs keep nothing here
         self._held: dict[int, dict[str, Tensor]] = {}
 
     def put(self, block: int, tensors: dict[str, Tensor]) -> None:
         """Replaces what this block had."""
-        if self._folder is None:
+        if not self._on_disk:
             self._held[block] = tensors
-        else:
-            try:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self._file(block))
-            except (OSError, SafetensorError) as error:
-                raise InputError(
-                    f"cannot keep gradients in {self._folder.name} ({error}): free some space, or choose another cache "
-                    "with AUTOPRUNE_CACHE"
-                ) from None
+            return
+        try:
+            if self._folder is None:
+                cache_folder().mkdir(parents=True, exist_ok=True)
+                self._folder = TemporaryDirectory(prefix=".shelf-", dir=cache_folder())
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self._file(block))
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"cannot keep gradients in {cache_folder()} ({error}): free some space, or choose another cache with "
+                "AUTOPRUNE_CACHE"
+            ) from None
 
     def get(self, block: int) -> dict[str, Tensor]:
         """Empty for a block that was given none."""

@@ -51,6 +51,7 @@ def _register(folder: Path, name: str) -> str:
     quiet_mlflow()
     import mlflow
     import mlflow.transformers
+    from mlflow.entities import LoggedModelStatus
     from mlflow.exceptions import MlflowException
 
     mlflow.set_tracking_uri(memory["uri"])
@@ -62,8 +63,11 @@ def _register(folder: Path, name: str) -> str:
             f"name = '{NAME}' AND source_run_id = '{memory['run_id']}' AND tags.`autoprune.candidate` = "
             f"'{details['candidate']}'",
         )
-        if found:
-            model_id = found[0].model_id
+        whole = [
+            model for model in found if model.status == LoggedModelStatus.READY
+        ]  # not of an upload that was cut off
+        if whole:
+            model_id = whole[0].model_id
         else:
             with mlflow.start_run(memory["run_id"], log_system_metrics=False):
                 model_id = mlflow.transformers.log_model(

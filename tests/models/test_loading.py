@@ -13,9 +13,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from tiny import save_tiny_model
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
-from autoprune.models.checkpoint_files import weight_files
+from autoprune.models.checkpoint_files import checkpoint_bytes, weight_files
 from autoprune.models.corpora import load_corpus, token_windows
 from autoprune.models.errors import InputError
 from autoprune.models.footprint import known_config
@@ -34,6 +34,13 @@ def test_local_folder(tiny_model, tmp_path):
     with pytest.raises(InputError, match="cannot read the model configuration"):
         load_config(tmp_path)
     with pytest.raises(InputError, match="cannot read the tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_model_that_was_saved_without_its_tokenizer_is_said_to_be(tmp_path):
+    """Its class would come with an empty vocabulary."""
+    (tmp_path / "config.json").write_text(json.dumps(Qwen2Config().to_dict()))
+    with pytest.raises(InputError, match="cannot read the tokenizer in .*: no file of it is there; expected tokenizer"):
         load_tokenizer(tmp_path)
 
 
@@ -66,6 +73,16 @@ def test_one_file_of_weights_counts_more_than_an_index_that_is_left_over(tiny_mo
     assert AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_a_part_that_is_missing_is_said_to_be(tiny_model, tmp_path):
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path, max_shard_size="50KB")
+    assert checkpoint_bytes(tmp_path) > 0
+    next(tmp_path.glob("model-00002-*")).unlink()
+    with pytest.raises(
+        InputError, match="model-00002-of-.* is missing, which the index names: fetch or save the model"
+    ):
+        checkpoint_bytes(tmp_path)
+
+
 def test_of_the_hub_only_the_files_that_are_read_are_fetched(monkeypatch, tiny_model):
     asked = {}
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
@@ -95,6 +112,9 @@ def test_a_plan_says_of_a_model_that_the_hub_does_not_show_what_a_search_says(mo
         ("smolm2-135m", "did you mean smollm2-135m-instruct"),
         ("/no/such/folder", "expected a bundled model"),
         ("wikipedia-sample", "is a corpus, not a model"),
+        ("./no-such", "expected a bundled model"),
+        ("../no-such", "expected a bundled model"),
+        ("a/b--c", "cannot get a/b--c from the model hub"),
         ("organisation/model", "cannot get organisation/model from the model hub"),
     ],
 )

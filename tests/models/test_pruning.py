@@ -364,6 +364,18 @@ def test_evaluate_says_that_it_overflowed(tmp_path, tiny_model, text):
     model.save_pretrained(folder)
     with pytest.raises(InputError, match="float16 overflows on .*model"):
         evaluate(str(folder), text, CONTEXT, dtype="float16", device="cpu")
+    with pytest.raises(InputError, match="float16 overflows on .*model"):
+        evaluate(str(tiny_model), text, CONTEXT, dtype="float16", device="cpu", reference=str(folder))
+
+
+def test_a_cache_is_needed_only_where_something_is_kept_there(tmp_path, tiny_model, text, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("AUTOPRUNE_CACHE", str(tmp_path / "file" / "cache"))
+    assert evaluate(str(tiny_model), text, CONTEXT, device="cpu", offload=True).windows
+    with pytest.raises(InputError, match="cannot keep gradients in .*AUTOPRUNE_CACHE"):
+        prune(
+            str(tiny_model), baseline("pruner-zero"), 0.5, text, tmp_path / "out", CONTEXT, device="cpu", offload=True
+        )
 
 
 def test_a_pattern_that_divides_no_layer_is_refused_before_calibration(tmp_path, tiny_model, text):

@@ -54,6 +54,21 @@ def test_the_model_is_registered_on_demand_and_its_weights_are_copied_once(run, 
     assert loaded("ab", max_new_tokens=2)[0]["generated_text"].startswith("ab")
 
 
+def test_an_upload_that_was_cut_off_is_done_again(run, monkeypatch):
+    import mlflow
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("mlflow.MlflowClient.log_model_artifacts", full)
+        with pytest.raises(OSError, match="No space left"):
+            register(run, "cut-off")
+    assert register(run, "cut-off") == "models:/cut-off/1"
+    loaded = mlflow.transformers.load_model("models:/cut-off/1")
+    assert loaded("ab", max_new_tokens=2)[0]["generated_text"].startswith("ab")
+
+
 def test_what_is_not_there_is_one_clear_line(run, capsys):
     (run / "report.json").unlink()
     with pytest.raises(InputError, match="holds no finished run .*report.json.*let the search end"):
