@@ -7,7 +7,7 @@ import ast
 from collections.abc import Mapping
 
 from autoprune.algorithms.grammar import GIVEN
-from autoprune.algorithms.language import parse
+from autoprune.algorithms.language import LanguageError, parse
 from autoprune.algorithms.reader import python
 from autoprune.algorithms.scores import NATIVE
 from autoprune.algorithms.vocabulary import STATISTICS
@@ -49,9 +49,14 @@ def in_full(source: str, given: Mapping[str, str]) -> str:
             function = _InPlace({name: f"{name.lower()}_"}).visit(function)
     if not used:
         return source
+    if ast.get_docstring(function) is not None and len(function.body) > 1:
+        del function.body[0]  # only in the first place is it no statement
     function.body = lines + function.body
     _drop_other_names(function)
-    return ast.unparse(ast.fix_missing_locations(module))
+    try:
+        return ast.unparse(ast.fix_missing_locations(module))
+    except ValueError as error:  # of a text that cannot be written again, such as some in f-strings
+        raise LanguageError(f"not in the language: {error}") from None
 
 
 class _InPlace(ast.NodeTransformer):

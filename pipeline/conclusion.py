@@ -55,7 +55,7 @@ def conclude(
     measured += [(c.evaluation, e) for (_, c), e in zip(rows[1:], reported, strict=True)]
     table = [_row(method, candidate, *pair) for (method, candidate), pair in zip(rows, measured, strict=True)]
     model = folder / MODEL
-    if model.exists() and _candidate_of(model) != best.id:  # of an earlier end, before the budget was raised
+    if model.exists() and _algorithm_of(model) != best.algorithm.key:  # of an earlier end
         old = folder / f".{MODEL}-old"  # out of the way at once: a kill in the midst would leave half of it
         shutil.rmtree(old, ignore_errors=True)
         model.rename(old)
@@ -146,11 +146,12 @@ def conclude(
     return [*artifacts, folder / "lineage.json", folder / CONFIG_FILE], metrics, note.strip()
 
 
-def _candidate_of(model: Path) -> str | None:
-    """Whose weights are pruned there, as the sidecar says, which is written last; None where it says nothing."""
+def _algorithm_of(model: Path) -> str | None:
+    """The key of what pruned the weights there, as the sidecar says, which is written last; None where it says
+    nothing."""
     try:
-        return json.loads((model / SIDECAR).read_text()).get("candidate")
-    except (OSError, ValueError):
+        return json.loads((model / SIDECAR).read_text())["algorithm"]["key"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

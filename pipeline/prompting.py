@@ -78,15 +78,26 @@ class Prompter:
         untuned = [c for c in self.elites() if self._tunable(c)]
         if round_ > 0 or plan.prompt == "fixed" or not untuned:
             operators.pop("tune", None)
-        frequencies = weights(operators, self._lineage, generation) if plan.adapt else operators
+        # Of the last `lag` generations nothing may be known: that they brought nothing is not said by that.
+        frequencies = weights(operators, self._lineage, generation - plan.lag) if plan.adapt else operators
         slots: list[Slot] = []
         for operator in choose(rng, frequencies, plan.prompts):
             if operator == "tune" and any(slot.operator == "tune" for slot in slots):
                 others = {name: weight for name, weight in frequencies.items() if name != "tune"}
                 (operator,) = choose(rng, others, 1)
             parents = choose_parents(rng, operator, untuned if operator == "tune" else self.elites())
-            slots.append(self._slot(rng, operator, parents, generation + round_ + len(slots)))
+            turn = generation + round_ + len(slots)
+            slot = self._slot(rng, operator, parents, turn)
+            slots.append(slot if self._room_for(slot) else self._shorter(rng, slot, turn))
         return slots
+
+    def _shorter(self, rng: random.Random, slot: Slot, turn: int) -> Slot:
+        """Instead of a prompt whose parents are too long for the context: with one of them, then with other elites and
+        seeds; the one itself where all are too long."""
+        seeds = [c for c in self._lineage.evaluated() if c.operator == "seed"]
+        others = [("mutate", slot.parents[0]), *(("explore", c.id) for c in (*self.elites(), *seeds))]
+        shorter = (self._slot(rng, operator, (name,), turn) for operator, name in others)
+        return next(filter(self._room_for, shorter), slot)
 
     def _tunable(self, candidate: Candidate) -> bool:
         """Whether it has constants to fill that were not filled before."""
@@ -178,8 +189,7 @@ class Prompter:
 
     @property
     def setting(self) -> Setting:
-        writer, plan, target = self._config.generator, self._config.search, self._config.target
-        room = writer.max_model_len - writer.max_tokens if writer.kind == "vllm" else 10**9
+        writer, plan, target, room = self._config.generator, self._config.search, self._config.target, self._room
         return Setting(
             dense=self._dense,
             sparsity=target.sparsity,
@@ -211,10 +221,18 @@ class Prompter:
             parents=tuple(self._lineage[parent].algorithm for parent in slot.parents),
         )
 
-    def check_room(self, slot: Slot) -> None:
+    @property
+    def _room(self) -> int:
+        """Tokens that a prompt may have beside its answer."""
         writer = self._config.generator
-        tokens, room = self._count(slot.messages), writer.max_model_len - writer.max_tokens
-        if tokens > room:
+        return writer.max_model_len - writer.max_tokens if writer.kind == "vllm" else 10**9
+
+    def _room_for(self, slot: Slot) -> bool:
+        return not slot.messages or self._count(slot.messages) <= self._room
+
+    def check_room(self, slot: Slot) -> None:
+        if not self._room_for(slot):
+            tokens, room = self._count(slot.messages), self._room
             raise InputError(
                 f"the shortest prompt has {tokens} tokens, and generator.max_model_len − max_tokens leaves {room}: "
                 "raise max_model_len, or lower max_tokens or the number of search.statistics"

@@ -110,6 +110,7 @@ class Search:
             if budget:
                 self.progress.say(f"the search ends before generation {generation}: {budget} is used up")
                 break
+            self._forget_fresh()
             self._tell(generation)
             candidates = self._propose(generation)
             if self.config.search.lag and generation < self.config.search.generations:
@@ -121,8 +122,7 @@ class Search:
     def _confirm(self) -> None:
         """Measure the elites on text that no generation saw: the best of many is partly the luckiest."""
         best = self.prompter.elites()
-        for candidate in self.lineage:  # of an earlier end, before the budget was raised
-            candidate.fresh = None
+        self._forget_fresh()
         for candidate, evaluation in zip(best, self.measure([c.algorithm for c in best], FRESH), strict=True):
             candidate.fresh = evaluation if evaluation.error is None else None
         self._save(self._done)
@@ -130,6 +130,11 @@ class Search:
         winner = self.lineage.best()
         self.progress.say(f"best after {len(best)} elites met fresh text: {winner.id}, {winner.believed:.4f} over all")
         self._tell(self._done, winner)
+
+    def _forget_fresh(self) -> None:
+        """What elites of an earlier end, before the budget was raised, had on fresh text: others are better now."""
+        for candidate in self.lineage:
+            candidate.fresh = None
 
     def measure(self, algorithms: Sequence[Algorithm], split: str) -> list[Evaluation]:
         """Measurements in the order of the algorithms; what the journal holds is not measured again."""
@@ -150,9 +155,10 @@ class Search:
             written += [candidate for _, candidate in read]
             self._probe(written, candidates)
             candidates += written
-            broken = [(slot, candidate) for slot, candidate in read if candidate.status == "invalid"][:repairs]
-            repairs -= len(broken)
-            candidates += self._repaired(generation, round_, broken, candidates)
+            broken = [(slot, candidate) for slot, candidate in read if candidate.status == "invalid"]
+            mended = self._repaired(generation, round_, broken, candidates, repairs)
+            repairs -= len(mended)
+            candidates += mended
             fresh = sum(c.status == "proposed" for c in candidates)
             enough = fresh >= plan.candidates or self.ledger.ended(generation) is not None or self.ledger.exhausted()
             if enough and not self.ledger.asked(generation, round_ + 1):
@@ -227,12 +233,19 @@ class Search:
         return candidate
 
     def _repaired(
-        self, generation: int, round_: int, broken: list[tuple[Slot, Candidate]], earlier: list[Candidate]
+        self,
+        generation: int,
+        round_: int,
+        broken: list[tuple[Slot, Candidate]],
+        earlier: list[Candidate],
+        most: int,
     ) -> list[Candidate]:
-        """Invalid answers, each asked for once more with its error: what comes is a child of the same parents, and of
-        the broken one."""
+        """Invalid answers that leave room for it, each asked for once more with its error, so many at most: what comes
+        is a child of the same parents, and of the broken one."""
         slots, origins = [], {}
         for slot, candidate in broken:
+            if len(slots) == most:
+                break
             messages = repair_prompt(slot.messages, candidate.answer, candidate.error, self.prompter.setting)
             if messages is not None:
                 slots.append(replace(slot, operator="repair", messages=messages))

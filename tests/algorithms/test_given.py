@@ -41,6 +41,13 @@ def test_no_name_is_only_another_name_and_lines_that_are_not_used_go():
     local = "def score(W):\n    a = W.abs()\n    b = a.sqrt()\n    return b\n"
     again = parse(in_full("def score(W, x_std):\n    m0 = S\n    return m0 * x_std\n", givens(local))).source
     assert again == "def score(W, x_std):\n    v0 = W.abs()\n    v1 = v0.sqrt()\n    return v1 * x_std"
+    documented = 'def score(W, x_std):\n    """Doc."""\n    m0 = S\n    return m0 * x_std\n'
+    ria = givens(BASELINES["ria"].source)
+    assert parse(in_full(documented, ria)) == parse(in_full(documented.replace('    """Doc."""\n', ""), ria))
+    with pytest.raises(LanguageError):
+        parse_answer(
+            "def score(W):\n    m0 = S\n    y = f\"{'\x7f'}\"\n    return m0\n", ("score",), given=givens(wanda)
+        )
     without = in_full("def score(W):\n    m0 = S\n    return W.abs()\n", givens(wanda))
     assert parse(without).source == parse("def score(W):\n    return W.abs()\n").source
 

@@ -105,12 +105,17 @@ def test_the_model_says_of_how_much_text_it_was_calibrated_on(done):
     assert sidecar["calibration"]["windows"] == 7, "the text's, not the configuration's"
 
 
-def test_half_a_model_that_a_kill_left_is_written_anew(done, tmp_path):
+@pytest.mark.parametrize("how", ["half", "another"])
+def test_half_a_model_that_a_kill_left_or_anothers_is_written_anew(done, tmp_path, how):
     search, pool, folder = done
     model, old = tmp_path / "model", folder / "model"
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     whole = (old / "autoprune.json").read_text()
     (model / "autoprune.json").unlink()
+    if how == "another":  # of the same id: the journal went another way since
+        sidecar = json.loads(whole)
+        (model / "autoprune.json").write_text(json.dumps(sidecar | {"algorithm": sidecar["algorithm"] | {"key": "x"}}))
+        (model / "model.safetensors").write_bytes(b"")
     hashes = dict.fromkeys(("calibration", "fitness", "report"), "ab")
     conclude(search.config, tmp_path, pool, search, hashes, ("mlflow ui", "here"), search.progress)
     assert (model / "autoprune.json").read_text() == whole

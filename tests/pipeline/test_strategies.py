@@ -9,6 +9,7 @@ from local import LocalEvaluator, finished, local_search, small_config, without_
 
 from autoprune.actors.messages import Evaluation
 from autoprune.models.errors import InputError
+from autoprune.pipeline.asking import stored_lineage
 from autoprune.pipeline.config import Budgets, Config, SearchPlan, check_config
 
 
@@ -144,6 +145,42 @@ def test_a_broken_answer_is_repaired_once(tmp_path, fresh):
         len(list(run(tmp_path, fresh, replace(config, name="none", search=replace(config.search, repairs=0))).lineage))
         == 4
     )
+
+
+def test_an_answer_that_is_too_long_to_be_repaired_takes_no_others_place(tmp_path, fresh):
+    broken = "Hypothesis: x\ndef score(W, x_norm):\n    return W.abs() * y\n"
+    mended = "Hypothesis: y\ndef score(W, x_norm):\n    return W.abs() * (x_norm + 1)\n"
+    (tmp_path / "answers.txt").write_text("\n---\n".join((broken + "# " + 5000 * "z", broken, mended)))
+    plan = {"prompts": 1, "answers": 2, "rounds": 1, "generations": 1, "repairs": 1, "operators": {"explore": 1.0}}
+    config = with_plan(small_config(tmp_path), fidelities=(), **plan)
+    config = replace(config, generator=replace(config.generator, answers=str(tmp_path / "answers.txt")))
+    _, second, third = (c for c in run(tmp_path, fresh, config).lineage if c.operator != "seed")
+    assert third.operator == "repair" and third.parents[-1] == second.id
+
+
+def test_parents_that_are_too_long_for_the_context_end_no_search(tmp_path, fresh):
+    answer = "Hypothesis: x\ndef score(W, x_norm, x_std):\n    return W.abs() * (x_norm + {} * x_std)\n"
+    (tmp_path / "answers.txt").write_text("\n---\n".join(answer.format(f"0.{n}7071") for n in range(1, 9)))
+    config = with_plan(small_config(tmp_path), operators={"crossover": 1.0, "mutate": 1.0})
+    config = replace(config, generator=replace(config.generator, kind="vllm", answers=str(tmp_path / "answers.txt")))
+    search = local_search(tmp_path, fresh, config)
+    search.prompter._count = lambda messages: 10**6 if any("7071" in text for _, text in messages) else 10
+    search.run()
+    written = [c for c in search.lineage if c.operator != "seed"]
+    assert len(written) > 4 and any(c.status == "evaluated" for c in written)
+    assert all("7071" not in search.lineage[parent].algorithm.score for c in written for parent in c.parents)
+
+
+def test_a_raised_budget_forgets_who_was_best_before(tmp_path, fresh):
+    config = with_plan(small_config(tmp_path), operators={"mutate": 1.0}, generations=5)
+    config = replace(config, generator=replace(config.generator, kind="grammar"))
+    first = run(tmp_path, fresh, replace(config, budgets=Budgets(evaluations=4)))
+    assert any(c.fresh for c in first.lineage)
+    search = local_search(tmp_path, fresh, replace(config, budgets=Budgets(evaluations=100)))
+    search.tracker.generation = lambda *_: told.append(any(c.fresh for c in stored_lineage(tmp_path / "run")))
+    told = []
+    search.run()
+    assert told[0] and not told[-1] and any(c.fresh for c in search.lineage)
 
 
 def test_tuning_fills_constants_on_the_cheap_fidelity(tmp_path, fresh):
