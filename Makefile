@@ -1,5 +1,5 @@
 # make demo    set up, search on real models, print the table
-# make smoke   the same in a minute, with answers from a file
+# make smoke   the same in a few minutes, with answers from a file
 # make test    set up, lint, run the tests
 # make chaos   kill actors, nodes and drivers of a search, many times (long)
 # make docs    write docs/language.md anew
