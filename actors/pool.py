@@ -121,9 +121,8 @@ class EvaluatorPool:
         """What makes it useless to try once more, in words for the user."""
         cause = getattr(error, "cause", None)
         if isinstance(cause, NotFiniteError):
-            way = "try target.dtype=bfloat16"
-            if self.plan.dtype != "float16":
-                way = "try target.dtype=float32" if self.plan.dtype != "float32" else "the model is damaged"
+            wider = {"float16": "bfloat16", "bfloat16": "float32"}.get(self.plan.dtype)
+            way = f"try target.dtype={wider}" if wider else "the model is damaged"
             return InputError(f"{last_line(cause)}: {self.plan.dtype} overflows; {way}")
         if isinstance(cause, ValueError):
             return InputError(last_line(cause))

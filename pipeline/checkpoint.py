@@ -93,8 +93,11 @@ def is_whole(line: bytes) -> bool:
 
 
 def _record(path: Path, line: bytes, number: int) -> dict:
-    if is_whole(line):
-        return json.loads(line[_RECORD_START:-2])
+    try:
+        if is_whole(line):
+            return json.loads(line[_RECORD_START:-2])
+    except ValueError:
+        pass  # not JSON: damaged like any other
     raise InputError(
         f"{path}: line {number} is damaged (its checksum does not match); "
         f"restore the file from a copy, or start a new run"

@@ -63,9 +63,8 @@ def _register(folder: Path, name: str) -> str:
             f"name = '{NAME}' AND source_run_id = '{memory['run_id']}' AND tags.`autoprune.candidate` = "
             f"'{details['candidate']}'",
         )
-        whole = [
-            model for model in found if model.status == LoggedModelStatus.READY
-        ]  # not of an upload that was cut off
+        # Not of an upload that was cut off.
+        whole = [model for model in found if model.status == LoggedModelStatus.READY]
         if whole:
             model_id = whole[0].model_id
         else:

@@ -89,15 +89,15 @@ def plan(options: argparse.Namespace) -> int:
     from autoprune.pipeline.launch import for_cpus
     from autoprune.pipeline.planning import GIB, machine_gib, plan, plan_lines
 
-    memory, gpus, host = options.gpu_memory, None, None
+    memory, gpus = options.gpu_memory, None
     if memory is not None and not 0 <= memory < math.inf:
         raise InputError(f"--gpu-memory is {memory:g}: expected 0 or more GiB")
     if memory is None:
         gpus = 0 if for_cpus() or not torch.cuda.is_available() else torch.cuda.device_count()
-        host = machine_gib()
         memory = torch.cuda.get_device_properties(0).total_memory / GIB if gpus else 0.0
     config = load_config(options.config, options.set)
-    found = plan(config, memory, host if memory else machine_gib(), gpus)
+    here = not memory or gpus is not None  # that is, all actors on this machine
+    found = plan(config, memory, machine_gib() if here else None, gpus)
     print(json.dumps(asdict(found), indent=1) if options.json else "\n".join(plan_lines(found, config)))
     return 1 if found.problems else 0
 
