@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from autoprune.actors.messages import Answer, Request, estimate
+from autoprune.actors.messages import Answer, Answered, Request, estimate
 from autoprune.algorithms.algorithm import GROUPS, Allocation
 from autoprune.algorithms.answers import SDSA, sdsa_bounds
 from autoprune.algorithms.derivation import derive
@@ -28,7 +28,7 @@ class GrammarGenerator:
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
+    def generate(self, requests: Sequence[Request], answered: Answered = lambda *_: None) -> list[list[Answer]]:
         return [
             [
                 self._answer(request, random.Random(f"{self._seed}/answer {request.offset + i}"))

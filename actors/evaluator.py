@@ -49,10 +49,14 @@ class EvaluatorShard:
         threads: int,
         alone: bool = False,
         state: str = "",
+        share: float = 1.0,
     ) -> None:
         """model: a name that every node can resolve, so that each fetches what it lacks. alone: the process is this
         shard's own, and is secluded once it has its model. state: where what is learned of the dense model is kept (a
-        folder, or what `Storage` knows); empty: nowhere."""
+        folder, or what `Storage` knows); empty: nowhere. share: of a GPU's memory, beyond which nothing is taken, even
+        where whoever has the rest is asleep."""
+        if device == "cuda" and share < 1:
+            torch.cuda.set_per_process_memory_fraction(share)
         # Fixed, so that their number never changes a sum.
         torch.set_num_threads(threads)
         self.shard = ModelShard(resolve_model(model), start, stop, dtype, device)

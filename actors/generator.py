@@ -10,10 +10,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from autoprune.actors.aside import Aside
-from autoprune.actors.messages import Answer, Messages, Request, chat, estimate, last_line
+from autoprune.actors.messages import Answer, Answered, Messages, Request, chat, estimate, last_line
 from autoprune.algorithms.manual import brief
 from autoprune.models.errors import InputError, Lost
 
@@ -57,8 +58,13 @@ class OpenAIGenerator:
         if served and model not in served:
             raise InputError(f"{base_url} does not serve {model!r}; it serves {', '.join(served[:5])}")
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
-        asked = [Aside(lambda request=request: self._complete(request)) for request in requests]
+    def generate(self, requests: Sequence[Request], answered: Answered = lambda *_: None) -> list[list[Answer]]:
+        def ask(index: int) -> list[Answer]:
+            texts = self._complete(requests[index])
+            answered(index, texts)  # before the others: whatever becomes of them, it was paid for
+            return texts
+
+        asked = [Aside(partial(ask, index)) for index in range(len(requests))]
         try:
             return [one.wait() for one in asked]
         except BaseException:
@@ -144,7 +150,7 @@ class ScriptedGenerator:
         if not self._answers:
             raise InputError(f"{file} holds no answers")
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
+    def generate(self, requests: Sequence[Request], answered: Answered = lambda *_: None) -> list[list[Answer]]:
         return [[self._answer(request.offset + index) for index in range(request.n)] for request in requests]
 
     def _answer(self, index: int) -> Answer:

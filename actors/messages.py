@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from autoprune.algorithms.algorithm import Algorithm
@@ -51,6 +52,9 @@ class Request:
     statistics: tuple[str, ...] = ()
     operator: str = ""
     parents: tuple[Algorithm, ...] = ()
+
+
+Answered = Callable[[int, "list[Answer]"], None]  # is told a request's place and its answers, as soon as they are there
 
 
 @dataclass(frozen=True)

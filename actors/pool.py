@@ -16,7 +16,7 @@ from pathlib import Path
 
 import ray
 
-from autoprune.actors.dispatch import BLAMELESS, PAUSES, TRIES, Dispatch, depth
+from autoprune.actors.dispatch import BLAMELESS, PAUSES, TRIES, Dispatch, depth, shallow
 from autoprune.actors.evaluator import EvaluatorShard
 from autoprune.actors.messages import Evaluation, Probe, last_line
 from autoprune.actors.placement import Neighbours
@@ -233,7 +233,7 @@ class EvaluatorPool:
         pruned = [n for report in reports for n in report.pruned]
         nlls = reports[-1].window_nlls
         if not all(math.isfinite(nll) for nll in nlls):
-            return _failed("the pruned model's likelihood is not finite")
+            return _failed("the pruned model's likelihood is not finite", sum(report.seconds for report in reports))
         return Evaluation(
             nll=sum(nlls) / len(nlls),
             tokens=len(nlls) * (split_windows(self.plan.splits, split).shape[1] - 1),
@@ -288,7 +288,8 @@ class EvaluatorPool:
             self._tokens[split] = ray.put(split_windows(self.plan.splits, split))
         plan, sparsity = self.plan, sparsity or self.plan.sparsity
         deadline = self._deadline(split)
-        table = Dispatch(len(jobs), plan.replicas, depth(plan.shards), deadline, plan.attempts)
+        room = depth(plan.shards), shallow(plan.shards)
+        table = Dispatch(len(jobs), plan.replicas, room[0], deadline, plan.attempts, room[1])
         for index in self._starting:
             table.close(index)
         flights: dict[int, list[ray.ObjectRef]] = {}  # by job: the ShardReports to come, of which the last one decides
@@ -373,6 +374,13 @@ class EvaluatorPool:
                     if failures[index] >= self.plan.attempts:
                         found[index] = Probe(self._given_up(error), poison=True, traceback=str(error))
                     self._renew(self._replicas.index(replica), last_line(error))
+        if any(probe.poison for probe in found.values()) and list(algorithms) != [CONTROL]:
+            (control,) = self.probe([CONTROL])
+            if control.error is not None:
+                raise Lost(
+                    f"evaluators end with all that they probe, magnitude pruning, too ({control.error}); look at their "
+                    "machines"
+                )
         return [found[index] for index in range(len(algorithms))]
 
     def export(self, out: Path, algorithm: Algorithm, details: dict) -> dict:
@@ -434,5 +442,5 @@ def _fetch(actor, path: Path, patience: float) -> None:
     raise ray.exceptions.GetTimeoutError(f"no part of {path.name} within {patience:g} s")
 
 
-def _failed(error: str) -> Evaluation:
-    return Evaluation(nll=None, tokens=0, error=error)
+def _failed(error: str, seconds: float = 0.0) -> Evaluation:
+    return Evaluation(nll=None, tokens=0, error=error, seconds=seconds)

@@ -90,8 +90,16 @@ class Replica:
         placed = [{"scheduling_strategy": self._places.strategy(p)} if self._places else {} for p in range(plan.shards)]
         self.actors = [
             actor.options(**reserved, **placed[place]).remote(
-                plan.model, start, stop, plan.dtype, resources.device, plan.threads, alone=True, state=plan.state
-            )
+                plan.model,
+                start,
+                stop,
+                plan.dtype,
+                resources.device,
+                plan.threads,
+                alone=True,
+                state=plan.state,
+                share=resources.num_gpus,
+            )  # fmt: skip
             for place, (start, stop) in enumerate(plan.bounds)
         ]
         self.take_up()

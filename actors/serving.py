@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from autoprune.actors.dispatch import BLAMELESS, PAUSES, TRIES
 from autoprune.actors.guard import guard_session
-from autoprune.actors.messages import Answer, Messages, Request, chat, last_line
+from autoprune.actors.messages import Answer, Answered, Messages, Request, chat, last_line
 from autoprune.actors.replica import blameless
 from autoprune.models.errors import InputError, Lost
 from autoprune.models.loading import load_tokenizer, resolve_model
@@ -125,6 +125,9 @@ class VllmGenerator:
         if resources.device == "cpu":
             environment |= {"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}
         else:
+            # FlashInfer's kernels are compiled by CUDA's toolkit where they are first called, which no lock of ours
+            # brings; vLLM's and PyTorch's own are there.
+            environment |= {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
             self._options = {
                 "gpu_memory_utilization": round(0.9 * min(1.0, resources.num_gpus), 2),
                 "tensor_parallel_size": max(1, int(resources.num_gpus)),
@@ -137,7 +140,9 @@ class VllmGenerator:
         self._deaths = [0] * len(self._places)  # since the last answer
         self._began = [0.0] * len(self._places)  # when the engine was made
         self._actors, self._started = [None] * len(self._places), [None] * len(self._places)
-        for number in range(len(self._places)):
+        # vLLM takes whatever of a GPU is used while it loads for its own: those that share one start by turns.
+        self._by_turns = 0 < resources.num_gpus < 1
+        for number in range(1 if self._by_turns else len(self._places)):
             self._make(number)
 
     def _make(self, number: int) -> None:
@@ -163,8 +168,14 @@ class VllmGenerator:
         """Block until an engine serves. Raises InputError when one cannot serve the model with these options."""
         import ray
 
-        for started in list(self._started):
+        for number in range(len(self._started)):
             try:
+                started = self._started[number]
+                if started is None:
+                    if not self._by_turns:
+                        continue
+                    self._make(number)
+                    started = self._started[number]
                 ray.get(started, timeout=self._deadline)
             except ray.exceptions.RayTaskError as error:
                 raise InputError(f"vLLM cannot serve {self.model} ({last_line(error)}): check generator.*") from error
@@ -172,7 +183,7 @@ class VllmGenerator:
                 continue  # it is gone, or late: `_serving` has it made anew
         self._serving()
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
+    def generate(self, requests: Sequence[Request], answered: Answered = lambda *_: None) -> list[list[Answer]]:
         """Answers per request. Raises Lost when every engine died TRIES times without an answer between, or engines
         died DEATHS times with the same request."""
         import ray
@@ -198,6 +209,7 @@ class VllmGenerator:
                 try:
                     answers[index] = ray.get(call, timeout=max(0.0, began + self._deadline - time.monotonic()))
                     self._deaths[number] = 0
+                    answered(index, answers[index])
                 except ray.exceptions.RayError as error:
                     dead[number] = error
                     lost[index] += BLAMELESS if blameless(error) else 1
@@ -217,8 +229,9 @@ class VllmGenerator:
                 age = time.monotonic() - self._began[number]
                 try:
                     if started is None:
-                        # Often in a row: not at once again.
-                        if age >= PAUSES[min(self._deaths[number], len(PAUSES)) - 1]:
+                        # Often in a row: not at once again; and not beside another one, where they share a GPU.
+                        rest = self._by_turns and self._loading()
+                        if not rest and age >= PAUSES[min(self._deaths[number], len(PAUSES)) - 1]:
                             self._make(number)
                     elif ray.wait([started], timeout=0)[0]:
                         ray.get(started)
@@ -234,6 +247,13 @@ class VllmGenerator:
                 ray.wait(starting, timeout=min(self._deadline, 1.0))
             else:
                 time.sleep(0.1)
+
+    def _loading(self) -> bool:
+        """Whether an engine is starting."""
+        import ray
+
+        started = [one for one in self._started if one is not None]
+        return len(ray.wait(started, num_returns=len(started), timeout=0)[1] if started else []) > 0
 
     def _call(self, method: str, numbers: Sequence[int]) -> dict[int, Exception]:
         """Of these engines, if they take turns. Returns those that failed."""
@@ -269,5 +289,5 @@ class VllmGenerator:
         import ray
 
         self._stopped = True
-        for actor in self._actors:
+        for actor in filter(None, self._actors):
             ray.kill(actor)

@@ -28,6 +28,8 @@ MAX_MATRICES = 16
 MAX_STEPS = 400  # operations that are run, whatever their size: each takes time of its own
 # Element operations per element that a sort stands for: about log2 of a row's length.
 SORT = 12
+# In what plain RuntimeErrors say that are of a device, too, where a library found it.
+DEVICE_ERRORS = ("CUDA error", "CUBLAS_STATUS", "CUSOLVER_STATUS", "INTERNAL ASSERT")
 SORTS = frozenset({"argsort", "median", "quantile"})
 
 
@@ -116,6 +118,8 @@ def refusing(source: str) -> Iterator[None]:
     except (torch.AcceleratorError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
+        if any(word in str(error) for word in DEVICE_ERRORS):
+            raise
         raise LanguageError(_where(source, error)) from None
 
 

@@ -73,14 +73,37 @@ def score(W, h_inv_diag):
     "row",
 )
 
+# |W_ij|·G_ij, compared over the whole matrix; G is the root mean square of the gradients of the calibration loss. Its
+# square is the expected squared change of the loss, to first order, when the weight goes: Molchanov et al., "Importance
+# Estimation for Neural Network Pruning", CVPR 2019, arXiv 1906.10771.
+TAYLOR = Baseline(
+    """\
+def score(W, g_rms):
+    return W.abs() * g_rms
+""",
+    "matrix",
+)
+
 BASELINES: dict[str, Baseline] = {
     "magnitude": MAGNITUDE,
     "wanda": WANDA,
     "ria": RIA,
     "pruner-zero": PRUNER_ZERO,
     "obs-diag": OBS_DIAG,
+    "taylor": TAYLOR,
 }
 
 # Scores that cannot be written in the language, since they choose the mask while they change the weights (see
 # `algorithms.updates`), and their comparison groups. The name stands for the text in `Algorithm.score`.
 NATIVE: dict[str, str] = {"sparsegpt": "row"}
+
+
+def halves(text: str) -> tuple[str, str]:
+    """What stands before and after the + of `METHOD[+ALLOCATION]`; METHOD is a name, or a file, in whose path there may
+    be any character."""
+    parts = text.split("+")
+    for count in range(1, len(parts)):
+        method = "+".join(parts[:count])
+        if method.endswith(".py") or method.partition("/")[0] in BASELINES | NATIVE:
+            return method, "+".join(parts[count:])
+    return (text, "") if text.endswith(".py") else (parts[0], "+".join(parts[1:]))

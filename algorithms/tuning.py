@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 from autoprune.algorithms.algorithm import Allocation
@@ -42,8 +43,10 @@ SDSA_DESIGN = (
 # The range that is searched; and one step of the first round after that: tau times or over 2, the others ± a number.
 SDSA_RANGE = ((0.1, 4.0), (0.0, 1.0), (0.0, 2.0))
 SDSA_STEPS = (2.0, 0.25, 0.4)
-# One parameter up or down first, then two at a time, then all: enough that even a corner of the range has neighbours.
-DIRECTIONS = sorted(product((1, -1, 0), repeat=3), key=lambda direction: 3 - direction.count(0))[1:]
+# The same of `taylor`, where it is tuned, too; and by how much the first round moves it.
+TAYLOR_RANGE, TAYLOR_STEP = RANGES["sdsa"]["taylor"], 0.25
+
+SDSA_NAMES = ("tau", "m", "depth", "taylor")
 
 Point = tuple[float, ...]
 
@@ -62,16 +65,18 @@ def tune(
     evaluations: int = 16,
     per: str = "block",
     blocks: int | None = None,
+    taylor: float = 0.0,
 ) -> Tuning:
     """The parameters of the rule `name` with which `measure` is least, among `evaluations` different ones.
 
     measure: a round of allocations, whose order and number of measurements at a time are free, to one number each,
     lower is better (nats per token on the fitness split); NaN and infinity are the worst. per: of the allocations.
-    blocks: number of decoder blocks of the model, which `atp` needs.
+    blocks: number of decoder blocks of the model, which `atp` needs. taylor: where it is not 0, `sdsa` starts with
+    that, and it is tuned with the others.
     Exactly `evaluations` allocations are asked for, all different and all parameters written out, the first of them
     the rule's default. A rule of one parameter has a first round over its whole range (LINES), about half of all, and
-    LINE_ROUNDS more between the neighbours of the best so far. `sdsa` has SDSA_DESIGN, and PATTERN_ROUNDS more: in each
-    the least points of parabolas (see `_vertex`), then steps from the best so far (see DIRECTIONS), half as long in
+    LINE_ROUNDS more between the neighbours of the best so far. `sdsa` has `_design`, and PATTERN_ROUNDS more: in each
+    the least points of parabolas (see `_vertex`), then steps from the best so far (see `_directions`), half as long in
     each round. Where m = 0, tau does nothing and is its default. The same measurements lead to the same questions; of
     equals the first asked is the best.
     Raises AllocationError for an unknown rule, one without parameters, evaluations outside 1..MOST_EVALUATIONS, and
@@ -86,11 +91,11 @@ def tune(
         raise AllocationError("to tune 'atp' takes the number of blocks")
 
     sdsa = name == "sdsa"
-    first = min(evaluations, 1 + len(SDSA_DESIGN) if sdsa else max((evaluations + 1) // 2, 3))
+    first = min(evaluations, len(_design(taylor)) if sdsa else max((evaluations + 1) // 2, 3))
     seen: dict[Point, float] = {}
     trace: list[tuple[Allocation, float]] = []
     for index, count in enumerate(_sizes(first, evaluations, PATTERN_ROUNDS if sdsa else LINE_ROUNDS)):
-        points = _pattern(seen, count, index) if sdsa else _line(seen, count, name)
+        points = _pattern(seen, count, index, taylor) if sdsa else _line(seen, count, name)
         allocations = [Allocation(name, _parameters(name, point, blocks), per) for point in points]
         for point, allocation, value in zip(points, allocations, measure(allocations), strict=True):
             seen[point] = math.inf if math.isnan(value) else value
@@ -111,7 +116,7 @@ def _best(seen: dict[Point, float]) -> Point:
 
 def _parameters(name: str, point: Point, blocks: int | None) -> dict[str, float]:
     if name == "sdsa":
-        return dict(zip(("tau", "m", "depth"), point, strict=True))
+        return {key: value for key, value in zip(SDSA_NAMES, point, strict=False) if value or key != "taylor"}
     if name == "atp":
         return {"beta": atp_beta(point[0], blocks)}
     return {LINES[name][0]: point[0]}
@@ -144,25 +149,44 @@ def _line(seen: dict[Point, float], count: int, name: str) -> list[Point]:
     return [(point,) for point in points]
 
 
-def _pattern(seen: dict[Point, float], count: int, index: int) -> list[Point]:
+def _design(taylor: float) -> list[Point]:
+    """SDSA's first round: its default, then variations."""
+    default = DEFAULTS["sdsa"]
+    points = [(default["tau"], default["m"], default["depth"]), *SDSA_DESIGN]
+    if not taylor:
+        return points
+    low, high = TAYLOR_RANGE
+    others = (value for value in (low, min(taylor + 2 * TAYLOR_STEP, high)) if value != taylor)
+    return [(*point, taylor) for point in points] + [(*points[0], value) for value in others]
+
+
+@cache
+def _directions(axes: int) -> list[tuple[int, ...]]:
+    """One parameter up or down first, then two at a time, then all: enough that even a corner of the range has
+    neighbours."""
+    return sorted(product((1, -1, 0), repeat=axes), key=lambda direction: axes - direction.count(0))[1:]
+
+
+def _pattern(seen: dict[Point, float], count: int, index: int, taylor: float) -> list[Point]:
     """SDSA's next points: the design in round 0, then steps from the best so far, shorter ones where those are known.
 
-    Rounds begin with m, depth, tau in turn, so that rounds of two or three points do not all try the same parameter.
+    Rounds begin with m, depth, tau, taylor in turn, so that rounds of two or three points do not all try the same
+    parameter.
     """
     if not seen:
-        default = DEFAULTS["sdsa"]
-        return [(default["tau"], default["m"], default["depth"]), *SDSA_DESIGN][:count]
+        return _design(taylor)[:count]
     best = _best(seen)
-    order = [(1, 2, 0)[(index - 1 + shift) % 3] for shift in range(3)]
+    turn = (1, 2, 0, 3)[: len(best)]
+    order = [turn[(index - 1 + shift) % len(turn)] for shift in range(len(turn))]
     scale, points = 0.5 ** (index - 1), []
     for axis in order:
         point = _vertex(seen, best, axis)
         if point is not None and point not in seen and point not in points and len(points) < count:
             points.append(point)
     while len(points) < count:
-        for direction in DIRECTIONS:
+        for direction in _directions(len(best)):
             steps = dict(zip(order, direction, strict=True))
-            point = _stepped(best, [scale * steps[axis] for axis in range(3)])
+            point = _stepped(best, [scale * steps[axis] for axis in range(len(best))])
             if point not in seen and point not in points and len(points) < count:
                 points.append(point)
         scale /= 2
@@ -182,7 +206,7 @@ def _vertex(seen: dict[Point, float], best: Point, axis: int) -> Point | None:
     line = [
         point
         for point, value in seen.items()
-        if math.isfinite(value) and all(point[other] == best[other] for other in range(3) if other != axis)
+        if math.isfinite(value) and all(point[other] == best[other] for other in range(len(best)) if other != axis)
     ]
     left = max((point for point in line if point[axis] < best[axis]), key=place, default=None)
     right = min((point for point in line if point[axis] > best[axis]), key=place, default=None)
@@ -198,10 +222,11 @@ def _vertex(seen: dict[Point, float], best: Point, axis: int) -> Point | None:
 
 
 def _stepped(point: Point, steps: list[float]) -> Point:
-    """The point after so many steps in tau, m and depth, within SDSA_RANGE."""
-    tau, m, depth = point
-    moved = (tau * SDSA_STEPS[0] ** steps[0], m + SDSA_STEPS[1] * steps[1], depth + SDSA_STEPS[2] * steps[2])
-    tau, m, depth = (
-        round(min(max(value, low), high), DECIMALS) for value, (low, high) in zip(moved, SDSA_RANGE, strict=True)
+    """The point after so many steps in tau, m, depth and taylor, within SDSA_RANGE and TAYLOR_RANGE."""
+    moved = [value + step * size for value, step, size in zip(point, steps, (*SDSA_STEPS, TAYLOR_STEP), strict=False)]
+    moved[0] = point[0] * SDSA_STEPS[0] ** steps[0]
+    tau, m, *others = (
+        round(min(max(value, low), high), DECIMALS)
+        for value, (low, high) in zip(moved, (*SDSA_RANGE, TAYLOR_RANGE), strict=False)
     )
-    return (tau if m else DEFAULTS["sdsa"]["tau"], m, depth)
+    return (tau if m else DEFAULTS["sdsa"]["tau"], m, *others)

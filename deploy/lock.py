@@ -49,15 +49,20 @@ def write(name: str, items: list[dict]) -> None:
     (ROOT / "deploy" / "locks" / name).write_text(head + "".join(sorted(lines)))
 
 
-def main(target: str) -> None:
+def requirements(target: str) -> list[str]:
+    """Of setup.cfg: one a line, which may hold a marker."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     extras = setup["options.extras_require"]
     lists = [setup["options"]["install_requires"], *(extras[name] for name in (target, "eval", "dev"))]
+    return [line.strip() for text in lists for line in text.splitlines() if line.strip()]
+
+
+def main(target: str) -> None:
     # A GPU needs the index's build of torch, whatever this machine's pip is set to find.
     options = ["--isolated"] if target == "gpu" else []
     items, wanted = [], []
-    for requirement in " ".join(lists).split():
+    for requirement in requirements(target):
         left_out = LEFT_OUT.get(name_of(requirement))
         if left_out is None:
             wanted.append(requirement)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from autoprune.algorithms.statistics import InputMoments
@@ -94,7 +95,8 @@ def squared_gradients(layers: list[Layer], hidden: Tensor, block, upstream: Tens
     sums = {id(parameter): torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters}
     entering = []
     for window, gradient in zip(hidden.split(1), upstream.split(1), strict=True):
-        with torch.enable_grad():
+        # Other backends add up in whatever order a GPU's threads come: replicas would not agree on a bit.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if hidden.is_cuda else nullcontext():
             for parameter in parameters:
                 parameter.requires_grad_(True)
             window = window.clone().requires_grad_(True)

@@ -100,8 +100,10 @@ def token_windows(
 ) -> torch.Tensor:
     """The corpus as one stream of tokens, cut into non-overlapping windows: int64 [n, context], n ≤ limit.
 
-    Documents are joined by blank lines and tokenised once; the stream starts with one BOS if the tokenizer adds one
-    of its own accord; the tail that fills no window is dropped. Raises InputError if there is not one full window.
+    Of more than `limit` windows those are taken that `evenly` says: the first few would be of one or two documents, and
+    speak for those only. Documents are joined by blank lines and tokenised once; the stream starts with one BOS if the
+    tokenizer adds one of its own accord; the tail that fills no window is dropped. Raises InputError if there is not
+    one full window.
     """
     import torch
 
@@ -116,8 +118,13 @@ def token_windows(
             f"{corpus.spec} has {len(ids)} tokens and one window needs {context}; "
             "take more documents or a shorter context"
         )
-    count = count if limit is None else min(count, limit)
-    return torch.tensor(ids[: count * context], dtype=torch.int64).view(count, context)
+    windows = torch.tensor(ids[: count * context], dtype=torch.int64).view(count, context)
+    return windows if limit is None or limit >= count else windows[evenly(count, limit)]
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """Places of `count` among `total` windows, evenly spaced, from the first one on; count ≤ total."""
+    return [index * total // count for index in range(count)]
 
 
 def _parse(spec: str) -> tuple[str, int | None, int | None]:

@@ -134,7 +134,8 @@ class Workbench:
                     self._progress(f"tuning: {tried.allocation} {measured.perplexity:.2f}")
             return [measured.nll for measured in found]
 
-        return tune(name, measure, evaluations, algorithm.allocation.per, self.shard.model.count)
+        taylor = algorithm.allocation.parameters.get("taylor", 0.0)
+        return tune(name, measure, evaluations, algorithm.allocation.per, self.shard.model.count, taylor)
 
     def _finish(self, lane: Lane, split: str, seconds: float, divergence: bool = True) -> Measurement:
         tokens = self.splits[split]

@@ -23,7 +23,7 @@ from autoprune.models.errors import InputError
 from autoprune.models.export import check_output, check_space, export, part_count
 from autoprune.models.families import check_family
 from autoprune.models.layers import Layer
-from autoprune.models.loading import load_config, load_tokenizer, resolve_model
+from autoprune.models.loading import load_config, load_tokenizer, pinned, resolve_model
 from autoprune.models.masking import Chooser, needs, planned_sparsities
 from autoprune.models.measuring import calibrate
 from autoprune.models.parts import PartWriter
@@ -37,8 +37,9 @@ Progress = Callable[[str], None]
 class Perplexity:
     """`ppl_token@context` of a model: exp of `nll` (nats per token over `tokens` scored tokens).
 
-    reference_perplexity: of a reference model over the same tokens, where one was given; kl: mean KL(reference ‖ model)
-    per token, nats. Standard errors are over windows.
+    reference_perplexity: of a reference model over the same tokens, where one was given; difference: nll − that of the
+    reference; kl: mean KL(reference ‖ model) per token, nats. Standard errors are over windows, that of the difference
+    is paired. window_nlls: the nll of each window, in order.
     """
 
     model: str
@@ -53,8 +54,11 @@ class Perplexity:
     standard_error: float | None
     reference: str | None = None
     reference_perplexity: float | None = None
+    difference: float | None = None
+    difference_standard_error: float | None = None
     kl: float | None = None
     kl_standard_error: float | None = None
+    window_nlls: tuple[float, ...] = ()
 
 
 def default_device() -> str:
@@ -176,6 +180,7 @@ def evaluate(
         measured.score(lane, tokens, dense)
     nlls, divergences = _finite(lane.report.window_nlls, dtype, model), lane.report.window_kls
     nll = sum(nlls) / len(nlls)
+    differences = [own - other for own, other in zip(nlls, dense_nlls, strict=True)] if dense_nlls else []
     return Perplexity(
         model=model,
         corpus=corpus,
@@ -189,8 +194,11 @@ def evaluate(
         standard_error=standard_error(nlls),
         reference=reference,
         reference_perplexity=perplexity(sum(dense_nlls) / len(dense_nlls)) if dense_nlls else None,
+        difference=sum(differences) / len(differences) if differences else None,
+        difference_standard_error=standard_error(differences),
         kl=sum(divergences) / len(divergences) if divergences else None,
         kl_standard_error=standard_error(divergences),
+        window_nlls=tuple(nlls),
     )
 
 
@@ -260,7 +268,7 @@ def prune(
     except ValueError as error:
         raise InputError(str(error)) from None
     details = {
-        "model": model,
+        "model": pinned(model, folder),
         "calibration": {
             "corpus": calibration,
             "sha256": text.sha256,

@@ -228,6 +228,8 @@ class ModelShard:
                 for own in moments.values():
                     if own.count and own.gram is not None:
                         _ = own.factor
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize()  # the blocks before it are under way: their time is not its
             began = time.perf_counter()
             choice = lane.chooser.block(layers, moments, gradients, lane.sparsities[index])
             weights = choice.weights

@@ -140,7 +140,7 @@ def table(lineage: Lineage, candidates: list[Candidate], combined: str = "") -> 
     return result
 
 
-def prune_command(config: Config, score: str, out: str) -> str:
+def prune_command(config: Config, model: str, score: str, out: str) -> str:
     """The command that prunes the target as the search did. score: a file that holds the algorithm."""
     target, data = config.target, config.data
     goal = ["--sparsity", f"{target.sparsity}"] if target.group == FREE_GROUP else ["--group", target.group]
@@ -149,7 +149,7 @@ def prune_command(config: Config, score: str, out: str) -> str:
             "autoprune",
             "prune",
             "--model",
-            target.model,
+            model,
             "--score",
             score,
             *goal,
@@ -173,7 +173,7 @@ def shown(lineage: Lineage, candidate: Candidate, config: Config) -> dict:
         raise InputError(
             f"{candidate.id} has no algorithm: its answer could not be read ({plain(candidate.error or '')})"
         )
-    command = prune_command(config, f"{candidate.id}.py", f"pruned-{candidate.id}")
+    command = prune_command(config, config.target.model, f"{candidate.id}.py", f"pruned-{candidate.id}")
     return facts(lineage, candidate) | {"command": command, "combined": config.target.combined}
 
 

@@ -91,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--score",
         default="wanda",
-        help="magnitude, wanda, ria, pruner-zero, obs-diag, sparsegpt, or a .py file with a score function, such as "
-        "those in algorithms/found; with "
+        help="magnitude, wanda, ria, pruner-zero, obs-diag, taylor, sparsegpt, or a .py file with a score function, "
+        "such as those in algorithms/found; with "
         "/UPDATE and +ALLOCATION behind it, as in wanda/cg+sdsa, in place of those options",
     )
     prune.add_argument(
@@ -110,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--sparsity", type=float, help="share of the weights to remove, such as 0.6; n:m says it itself")
     prune.add_argument("--calibration", default="wikipedia-sample[0:40]", help="corpus (see evaluate --help)")
     prune.add_argument("--context", type=int, default=512)
-    prune.add_argument("--windows", type=int, default=32, help="windows of calibration text, at most")
+    prune.add_argument(
+        "--windows", type=int, default=32, help="windows of calibration text, at most, evenly spaced over it"
+    )
     prune.add_argument(
         "--sequential", action="store_true", help="calibrate each block on the output of the pruned blocks before it"
     )
@@ -124,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "--corpus", required=True, help="bundled name, .txt/.jsonl/.parquet file or hub dataset, then perhaps [a:b]"
     )
     evaluate.add_argument("--context", type=int, default=512, help="tokens per window")
-    evaluate.add_argument("--windows", type=int, help="at most so many windows; default: all")
+    evaluate.add_argument("--windows", type=int, help="so many, evenly spaced over the text; default: all")
     evaluate.add_argument("--reference", help="dense model, to measure the KL divergence to")
     evaluate.add_argument("--offload", action="store_true", help="hold one block in memory at a time")
     evaluate.add_argument("--json", action="store_true")

@@ -23,7 +23,7 @@ from autoprune.algorithms.statistics import GRAM_READERS
 from autoprune.algorithms.tuning import Tuning
 from autoprune.models.catalogue import sha256_of
 from autoprune.models.checkpoint_files import weight_files
-from autoprune.models.corpora import Corpus, load_corpus, token_windows
+from autoprune.models.corpora import Corpus, token_windows
 from autoprune.models.errors import InputError
 from autoprune.models.footprint import model_sizes
 from autoprune.models.loading import load_config, load_tokenizer, resolve_model
@@ -33,7 +33,7 @@ from autoprune.models.pruning import check_model, default_device, native_dtype
 from autoprune.pipeline.comparison import Cell, Comparison, Result, Subject, cells
 from autoprune.pipeline.comparison_report import Findings, figure, write_plots, write_tables
 from autoprune.pipeline.launch import signals
-from autoprune.pipeline.preparation import SPLITS, absolute, absolute_part, check_splits, misfit, spread
+from autoprune.pipeline.preparation import SPLITS, absolute, absolute_part, load_splits, misfit
 
 CONFIG_FILE, CELLS = "config.yaml", "cells"  # in the run folder
 
@@ -131,8 +131,7 @@ def settled(config: Comparison) -> Comparison:
 
 def prepare(config: Comparison) -> list[Subject]:
     """The models with their texts as tokens. Raises InputError where a model or a text cannot be used."""
-    check_splits(config.data)
-    texts = {name: load_corpus(getattr(config.data, name)) for name in SPLITS}
+    texts = load_splits(config.data)
     return [_subject(config, model, texts) for model in config.models]
 
 
@@ -147,12 +146,10 @@ def _subject(config: Comparison, model: str, texts: dict[str, Corpus]) -> Subjec
         for line in misfit(pattern, model, sizes):
             raise InputError(line)
     tokenizer = load_tokenizer(folder)
-    limits = {name: getattr(config.data, f"{name}_windows") for name in texts}
-    limits["fitness"] = None
-    windows = {name: token_windows(text, tokenizer, context, limits[name]) for name, text in texts.items()}
-    # As a search does: the first few would be of one document, and what is tuned would be good for that.
-    places, _ = spread(len(windows["fitness"]), config.data.fitness_windows, 0)
-    windows["fitness"] = windows["fitness"][places]
+    windows = {
+        name: token_windows(text, tokenizer, context, getattr(config.data, f"{name}_windows"))
+        for name, text in texts.items()
+    }
     return Subject(
         model=model,
         folder=folder,

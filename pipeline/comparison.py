@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,6 +32,7 @@ from autoprune.pipeline.population import baseline, read_allocation, read_score
 # allocation yields has numbers of its own: REVISIONS.
 SCHEMA = 2
 TUNED = ":tuned"  # behind an allocation: its parameters are sought on the fitness split
+TAYLOR = re.compile(r"sdsa(@layer)?:taylor=[^,:]*")  # may stand before it: then taylor is sought, too, from there on
 DENSE = "dense"
 FILE, OWN = ".py", "own"  # a score that is a file, and the allocation that stands in it
 
@@ -41,7 +43,7 @@ class Methods:
 
     scores: names of `algorithms.scores`, or files, as `read_score` reads them. updates: of `algorithm.UPDATES`.
     allocations: as `read_allocation` reads them, or with `:tuned` in place of parameters, which are then sought on the
-    fitness split; or "own", what a file says itself.
+    fitness split; `sdsa:taylor=0.5:tuned` seeks taylor as well, from 0.5 on; or "own", what a file says itself.
     """
 
     scores: tuple[str, ...] = ("magnitude", "wanda")
@@ -339,6 +341,7 @@ def check_comparison(config: Comparison) -> None:
             if file.endswith(FILE) and files.setdefault(Path(file).name, file) != file:
                 both = f"{file} and {files[Path(file).name]}"
                 raise InputError(f"methods.allocations holds {both}: give them different names")
-            if start != allocation and (":" in start or not RANGES.get(rule)):
+            given = start.partition(":")[2]
+            if start != allocation and (given and not TAYLOR.fullmatch(start) or not RANGES.get(rule)):
                 reason = "tune them or give them" if RANGES.get(rule) else f"{start} has no parameters to tune"
                 raise InputError(f"methods.allocations holds {allocation!r}: {reason}")

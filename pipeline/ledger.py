@@ -4,6 +4,7 @@ twice; what was spent; and the budgets, of which whichever is reached first ends
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from statistics import fmean
 from typing import Protocol
 
 from autoprune.actors.aside import Aside
-from autoprune.actors.messages import Answer, Evaluation, Messages, Probe, Request
+from autoprune.actors.messages import Answer, Answered, Evaluation, Messages, Probe, Request
 from autoprune.algorithms.algorithm import Algorithm
 from autoprune.models.errors import InputError, Lost
 from autoprune.pipeline.checkpoint import Journal
@@ -30,7 +31,7 @@ FULL, PROBE, FRESH, REPORT = "fitness", "probe", "fresh", "report"
 class Generator(Protocol):
     """Who writes: per request, its answers. `count`: tokens of a prompt, as its own tokenizer has them."""
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]: ...
+    def generate(self, requests: Sequence[Request], answered: Answered) -> list[list[Answer]]: ...
 
     def count(self, messages: Messages) -> int: ...
 
@@ -108,9 +109,10 @@ class Ledger:
             self._index(place, record)
 
     def begin(self, now: Sequence[float], texts: Mapping[str, str], prompts: str = "") -> None:
-        """Note what the dense models measure on the windows of the fitness split, the sha256 of the texts, and the
-        version of the prompts; raises InputError where they were others when the journal was begun, since measurements
-        of other texts, weights or arithmetic are no rivals, and answers to other prompts no answers."""
+        """Note what the dense models measure on the windows of the fitness split, the sha256 of the texts with their
+        windows, and the version of the prompts; raises InputError where they were others when the journal was begun,
+        since measurements of other texts, weights or arithmetic are no rivals, and answers to other prompts no
+        answers."""
         place = self._places.get(("dense",))
         if place is None and self._places:
             raise InputError(
@@ -129,8 +131,8 @@ class Ledger:
         changed = [name for name, digest in texts.items() if noted["texts"].get(name, digest) != digest]
         if changed:
             raise InputError(
-                f"{self.folder} cannot go on: the text of {', '.join(changed)} is not what it was when the search began"
-                ": start another run"
+                f"{self.folder} cannot go on: the text of {', '.join(changed)}, or what windows are taken of it, is "
+                "not what it was when the search began: start another run"
             )
         before = noted["window_nlls"]
         apart = max((abs(a - b) for a, b in zip(before, now, strict=False)), default=0.0)
@@ -166,7 +168,7 @@ class Ledger:
         if place not in self._used:
             self._used.add(place)
             _count(self.spent, record)
-            if self._timed <= place < self._earlier:
+            if self._timed <= place < self._earlier and not record.get("ahead"):
                 self.spent.total += record.get("seconds", 0.0)
         return record
 
@@ -218,7 +220,9 @@ class Ledger:
         if name not in self._places:
             if self.ended(key[0]) is not None:
                 return []
-            self._ask(key, ask())
+            requests = ask()
+            self.step("prompts, being answered", 0, len(requests))
+            self._ask(key, requests)
         return [[Answer(**answer) for answer in texts] for texts in self._use(self._places[name])["answers"]]
 
     def ask_ahead(self, key: tuple[int, int, str], ask: Callable[[], Sequence[Request]]) -> None:
@@ -228,21 +232,27 @@ class Ledger:
             requests = ask()
             if ("begun", key[0]) not in self._places:  # a resumed search must not think that a budget came before it
                 self._append({"kind": "begun", "generation": key[0]})
-            self._ahead[key] = Aside(lambda: self._ask(key, requests))
+            self._ahead[key] = Aside(lambda: self._ask(key, requests, ahead=True))
 
-    def _ask(self, key: tuple[int, int, str], requests: Sequence[Request]) -> None:
-        began = time.monotonic()
-        answers = self.generator.generate(requests) if requests else []
-        generation, round_, what = key
-        record = {
-            "kind": "answers",
-            "generation": generation,
-            "round": round_,
-            "what": what,
-            "answers": [[asdict(answer) for answer in texts] for texts in answers],
-            "seconds": time.monotonic() - began,
-        }
-        self._note(record)
+    def _ask(self, key: tuple[int, int, str], requests: Sequence[Request], ahead: bool = False) -> None:
+        """Ask what the journal has no answer to, which each gets as it comes, so that what a stopped search paid for is
+        not paid for again; then those of the whole round, which count."""
+        began, place = time.monotonic(), dict(zip(("generation", "round", "what"), key, strict=True))
+        digests = [hashlib.sha256(repr(request).encode()).hexdigest() for request in requests]
+        left = [index for index, digest in enumerate(digests) if ("answer", *key, digest) not in self._places]
+
+        def answered(index: int, texts: Sequence[Answer]) -> None:
+            record = {"kind": "answer", **place, "request": digests[left[index]]}
+            self._note(record | {"answers": [asdict(answer) for answer in texts]})
+
+        asked = self.generator.generate([requests[index] for index in left], answered) if left else []
+        new = {index: [asdict(answer) for answer in texts] for index, texts in zip(left, asked, strict=True)}
+        answers = [
+            new[index] if index in new else self._journal[self._places["answer", *key, digest]]["answers"]
+            for index, digest in enumerate(digests)
+        ]
+        record = {"kind": "answers", **place, "answers": answers, "seconds": time.monotonic() - began}
+        self._note(record | ({"ahead": True} if ahead else {}))
 
     def measure(self, algorithms: Sequence[Algorithm], split: str, must: bool = False) -> list[Evaluation]:
         """Measurements in the order of the jobs; what the journal holds is not measured again. must: none of them can
@@ -344,8 +354,9 @@ class Ledger:
 
 def _name(record: dict) -> tuple:
     """What a record is found by."""
-    if record["kind"] == "answers":
-        return ("answers", record["generation"], record["round"], record["what"])
+    if record["kind"] in ("answers", "answer"):
+        name = (record["kind"], record["generation"], record["round"], record["what"])
+        return name if record["kind"] == "answers" else (*name, record["request"])
     if record["kind"] in ("generation", "begun"):
         return (record["kind"], record["generation"])
     if record["kind"] == "dense":

@@ -133,14 +133,15 @@ def evaluate(options: argparse.Namespace) -> None:
         )
         if result.kl is not None:
             print(
-                f"{result.reference}: {result.reference_perplexity:.4f} on the same tokens; KL divergence to it "
-                f"{_with_error(result.kl, result.kl_standard_error)} nats per token"
+                f"{result.reference}: {result.reference_perplexity:.4f} on the same tokens; {result.model} is "
+                f"{_with_error(result.difference, result.difference_standard_error, '+')} nats from it, paired; "
+                f"KL divergence to it {_with_error(result.kl, result.kl_standard_error)} nats per token"
             )
 
 
-def _with_error(value: float, error: float | None) -> str:
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
     """error: None where a single window says nothing of it."""
-    return f"{value:.6f}" if error is None else f"{value:.6f} ± {error:.4f}"
+    return f"{value:{sign}.6f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def zero_shot(options: argparse.Namespace) -> None:

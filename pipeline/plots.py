@@ -336,4 +336,4 @@ def _variant(allocation: str) -> tuple[str, str]:
     """The rule (or file) of `NAME[@layer][:tuned or parameters]`, and which of VARIANTS it is."""
     rule, layer, settings = re.fullmatch(r"(.+?)(@layer)?(:.*)?", Path(allocation).name).groups(default="")
     by_layer = layer or ("@layer" if "taylor=" in settings else "")
-    return rule, by_layer + (settings if settings in ("", ":tuned") else ":")
+    return rule, by_layer + (":tuned" if settings.endswith(":tuned") else settings[:1])

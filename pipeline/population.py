@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from autoprune.algorithms.algorithm import UPDATES, Algorithm, Allocation, Group
+from autoprune.algorithms.algorithm import GROUPS, UPDATES, Algorithm, Allocation, Group
 from autoprune.algorithms.allocation import WRITTEN, AllocationError, check_allocation
 from autoprune.algorithms.language import LanguageError, parse
 from autoprune.algorithms.reader import FORMS, Function, canonical
 from autoprune.algorithms.rules import written_out
-from autoprune.algorithms.scores import BASELINES, NATIVE
+from autoprune.algorithms.scores import BASELINES, NATIVE, halves
 from autoprune.models.errors import InputError
 from autoprune.pipeline.config import FREE_GROUP
 from autoprune.pipeline.lineage import Candidate, mask_distance
@@ -27,6 +27,7 @@ CLAIMS = {
     "ria": "a weight matters by its share of its row and of its column, so that no channel is lost as a whole",
     "pruner-zero": "a weight matters by its square times the size of the gradient of the loss by it",
     "obs-diag": "a weight matters by the error that is left when the other weights of its row make up for its loss",
+    "taylor": "a weight matters by what its loss costs to first order: its size times the size of its gradient",
     "sparsegpt": "which weights matter changes as others make up for the pruned ones, so choose and update in turn",
     "uniform": "every block can spare the same share",
     "owl": "blocks with more outlier scores must keep more",
@@ -36,6 +37,7 @@ CLAIMS = {
     "alphapruning": "blocks whose weights have a spectrum with a heavier tail are better trained and must keep more",
     "atp": "errors of early blocks add up, so early blocks must keep more",
 }
+OWN_CLAIM = "written by hand"  # of a file
 
 
 def baseline(text: str) -> Algorithm:
@@ -156,19 +158,28 @@ def functions_in(file: Path, text: str) -> dict[str, Function]:
 
 
 def seed(text: str, group: str = FREE_GROUP) -> Candidate:
-    """A baseline as a candidate of generation 0. group: the n:m that all prune by; else its own counts.
+    """A baseline, or an algorithm from a file (see `read_score`), as a candidate of generation 0. group: the n:m that
+    all prune by; else its own counts.
 
-    Raises InputError as `baseline` does, and for native scores and updates: a search improves scores that can be read.
+    Raises InputError as `baseline` and `read_score` do, and for native scores and updates: a search improves scores
+    that can be read.
     """
-    algorithm = baseline(text)
+    score, allocation = halves(text)
+    if score.endswith(".py"):
+        algorithm, _ = read_score(Path(score))
+        algorithm = replace(algorithm, allocation=read_allocation(allocation)) if allocation else algorithm
+        if group == FREE_GROUP and algorithm.group not in GROUPS:
+            raise InputError(f"{score} is for {algorithm.group} and cannot be a seed: expected {' or '.join(GROUPS)}")
+    else:
+        algorithm = baseline(text)
     if algorithm.score in NATIVE or algorithm.update != "none":
         raise InputError(f"{text} cannot be a seed: expected a score of {', '.join(BASELINES)}, without an update")
-    claims = [CLAIMS[text.partition("+")[0].partition("/")[0]], CLAIMS.get(algorithm.allocation.name, "")]
+    claims = [CLAIMS.get(score.partition("/")[0], OWN_CLAIM), CLAIMS.get(algorithm.allocation.name, "")]
     if group != FREE_GROUP:  # there is nothing to claim of an allocation
-        algorithm, claims = replace(algorithm, group=group), claims[:1]
+        algorithm, claims = replace(algorithm, group=group, allocation=Allocation("uniform")), claims[:1]
     hypothesis = "; ".join(claim for claim in claims if claim)
-    score, plus, allocation = text.partition("+")
-    name = f"{score}{plus}{Path(allocation).name}"  # of a file: its path is another one on another machine
+    # Of files the names: their paths are others on another machine.
+    name = "+".join(filter(None, (Path(score).name if score.endswith(".py") else score, Path(allocation).name)))
     return Candidate(f"seed-{name}", 0, "seed", algorithm=algorithm, hypothesis=hypothesis)
 
 

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from autoprune.actors.storage import below
-from autoprune.algorithms.algorithm import Group
+from autoprune.algorithms.algorithm import Algorithm, Group
 from autoprune.algorithms.allocation import OPTIONAL
 from autoprune.algorithms.allocation import needs as features_of
 from autoprune.algorithms.probe import SHAPES
+from autoprune.algorithms.scores import halves
 from autoprune.algorithms.vocabulary import STATISTICS, SUMMARIES
 from autoprune.models.catalogue import CATALOGUE
-from autoprune.models.corpora import Corpus, check_spec, load_corpus, overlap, token_windows
+from autoprune.models.corpora import Corpus, check_spec, evenly, load_corpus, overlap, token_windows
 from autoprune.models.errors import InputError
 from autoprune.models.footprint import ModelSizes, model_sizes, shard_bounds
 from autoprune.models.loading import load_config as load_model_config
@@ -37,20 +38,33 @@ if TYPE_CHECKING:
 
 ACTORS = "actors"  # in the run folder: what evaluators learned of the dense models
 SPLITS = ("calibration", "fitness", "report")
-FIRST = ("calibration", "report")  # of which the first windows are taken
+MOST_SHARED = 0.05  # of a split's text may stand in another one's: headings and the like occur in many
 PROBE_TOKENS = 128  # of the first window of the calibration text, which the probe fidelity runs
 
 
 @dataclass(frozen=True)
 class Prepared:
     """model: its name; folder: where it lies; sizes: of its parts. windows: token windows int64 [windows, L] of every
-    split; hashes: sha256 of every text."""
+    split, those of fresh text and of the probe included; hashes: sha256 of every text, by split."""
 
     model: str
     folder: Path
     sizes: ModelSizes
     windows: dict[str, torch.Tensor]
     hashes: dict[str, str]
+
+    @property
+    def pinned(self) -> str:
+        """The model's name; of the hub, with its revision."""
+        return pinned(self.model, self.folder)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 of every text with the windows that are taken of it, by split: to go on, a search needs the same."""
+        return {
+            name: hashlib.sha256(text.encode() + self.windows[name].contiguous().numpy().tobytes()).hexdigest()
+            for name, text in self.hashes.items()
+        }
 
 
 def prepare_all(config: Config) -> dict[str, Prepared]:
@@ -60,10 +74,8 @@ def prepare_all(config: Config) -> dict[str, Prepared]:
     for index, case in enumerate(cases):
         if case in cases[:index]:
             raise InputError(f"target.further[{index - 1}] is {case.model} at {case.goal}, which stands there before")
-    for text in config.search.seeds:
-        seed(text)
-    check_splits(config.data)
-    texts = {name: load_corpus(getattr(config.data, name)) for name in SPLITS}
+    seeds_of(config)
+    texts = load_splits(config.data)
     found = {model: _prepare(config, model, texts) for model in dict.fromkeys(case.model for case in cases)}
     if any(case.group != FREE_GROUP for case in cases):
         for line in misfits(config.target, {name: one.sizes for name, one in found.items()}):
@@ -71,8 +83,24 @@ def prepare_all(config: Config) -> dict[str, Prepared]:
     return found
 
 
+def load_splits(data: Data) -> dict[str, Corpus]:
+    """The texts by split. InputError where one is no text, or two of them share some of it, under whatever names."""
+    check_splits(data)
+    texts = {name: load_corpus(getattr(data, name)) for name in SPLITS}
+    for (other, first), (name, text) in combinations(texts.items(), 2):
+        known = set(first.documents)
+        shared = sum(len(document) for document in text.documents if document in known)
+        share = shared / sum(map(len, text.documents))
+        if share > MOST_SHARED:
+            raise InputError(
+                f"{100 * share:.0f}% of data.{name} ({text.spec}) stands in data.{other} ({first.spec}), too: give "
+                "them different texts"
+            )
+    return texts
+
+
 def check_splits(data: Data) -> None:
-    """InputError where a split is no text, or two of them share some of it."""
+    """InputError where a split is no text, or two of them are, by their names, some of the same."""
     splits = [(name, getattr(data, name)) for name in SPLITS]
     for _, spec in splits:
         check_spec(spec)
@@ -113,11 +141,11 @@ def _prepare(config: Config, model: str, texts: dict[str, Corpus]) -> Prepared:
 
 
 def _windows(config: Config, texts: dict[str, Corpus], tokenizer) -> dict[str, torch.Tensor]:
-    """Token windows of every split. Calibration and report are the first of their texts, as `prune` and `evaluate` take
-    them; the probe is a part of the first one. Fitness and fresh windows lie evenly spaced over the whole of theirs and
-    between each other: the first few would be of one document, and a search would find what is good for that."""
+    """Token windows of every split, evenly spaced over its text; calibration and report as `prune` and `evaluate` take
+    them; the probe is a part of the first one; fresh windows lie between those of fitness."""
     cut = {
-        n: token_windows(texts[n], tokenizer, config.data.context, getattr(config.data, f"{n}_windows")) for n in FIRST
+        n: token_windows(texts[n], tokenizer, config.data.context, getattr(config.data, f"{n}_windows"))
+        for n in ("calibration", "report")
     }
     every = token_windows(texts["fitness"], tokenizer, config.data.context)
     fitness, fresh = spread(len(every), config.data.fitness_windows, config.search.fresh_windows)
@@ -134,9 +162,8 @@ def spread(windows: int, fitness: int, fresh: int) -> tuple[list[int], list[int]
     """Places of so many fitness and fresh windows among all: evenly spaced, each kind over the whole. Where there are
     too few windows, fewer are fresh."""
     count = min(fitness + fresh, windows)
-    places = [index * windows // count for index in range(count)]
-    kept = min(fitness, count)
-    own = {index * count // kept for index in range(kept)}
+    places = evenly(windows, count)
+    own = set(evenly(count, min(fitness, count)))
     return [p for i, p in enumerate(places) if i in own], [p for i, p in enumerate(places) if i not in own]
 
 
@@ -154,8 +181,8 @@ def settled(config: Config) -> Config:
     read = read_by_seeds(config)
     offered = config.search.statistics
     offered += tuple(name for name in STATISTICS if name in read and name not in offered)
-    seeds = tuple("+".join(map(absolute_part, text.split("+", 1))) for text in config.search.seeds)
-    names = [seed(text).id.removeprefix("seed-") for text in seeds]
+    seeds = tuple("+".join(absolute_part(part) for part in halves(text) if part) for text in config.search.seeds)
+    names = [seed(text, config.target.group).id.removeprefix("seed-") for text in seeds]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"search.seeds has two of the name {name}: give the files different names")
@@ -180,7 +207,12 @@ def absolute_part(text: str) -> str:
 
 def read_by_seeds(config: Config) -> frozenset[str]:
     """Statistics that the seeds of a search read."""
-    return frozenset().union(*(needs(seed(text).algorithm) for text in config.search.seeds))
+    return frozenset().union(*map(needs, seeds_of(config)))
+
+
+def seeds_of(config: Config) -> list[Algorithm]:
+    """Raises InputError as `seed` does."""
+    return [seed(text, config.target.group).algorithm for text in config.search.seeds]
 
 
 def absolute(name: str) -> str:
@@ -196,10 +228,10 @@ def pool_plan(config: Config, prepared: Prepared, resources: ActorResources) -> 
     """The evaluators that a search needs: what its seeds and its candidates may read is measured."""
     from autoprune.actors.replica import PoolPlan  # imports Ray
 
-    evaluators, seeds = config.evaluators, [seed(text).algorithm for text in config.search.seeds]
+    evaluators, seeds = config.evaluators, seeds_of(config)
     written = OPTIONAL & SUMMARIES.keys() if config.search.allocation == "written" else frozenset()
     return PoolPlan(
-        model=pinned(prepared.model, prepared.folder),  # a replica that is made anew in a week is not another model
+        model=prepared.pinned,  # a replica that is made anew in a week is not another model
         bounds=shard_bounds(prepared.sizes.costs, evaluators.shards),
         replicas=evaluators.replicas,
         threads=evaluators.threads,

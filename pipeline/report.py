@@ -19,7 +19,7 @@ from autoprune.models.perplexity import perplexity
 from autoprune.pipeline.lineage import Candidate, Lineage
 from autoprune.pipeline.lineage_page import lineage_html
 from autoprune.pipeline.plots import REFERENCES, lineage_png, progress_png, sensitivity_png, sparsity_png
-from autoprune.pipeline.report_markdown import report_markdown
+from autoprune.pipeline.report_markdown import report_markdown, result_text
 from autoprune.pipeline.report_page import report_html
 from autoprune.pipeline.run_folder import MODEL
 from autoprune.pipeline.wording import (
@@ -104,7 +104,7 @@ def best_file(lineage: Lineage, summary: dict, best: Candidate) -> str:
         f"Found by AutoPrune: {', '.join(targets)}, mask only, {summary['dtype']}; written by {summary['generator']}.",
         f"Fitness split {corpora['fitness']}, report split {corpora['report']}.",
         "",
-        f"{'; '.join(headers(summary)[3:])}:",
+        f"{'; '.join(headers(summary)[3:5])}:",
         *(
             f"  {row['method']}: {perplexity_text(row['fitness_nll'])}, {perplexity_text(row['report_nll'])}"
             for row in rows(summary)
@@ -151,6 +151,8 @@ def print_report(folder: Path, console: Console) -> None:
     """Table, counts, time, best algorithm and where everything is; InputError when the run has no report."""
     summary = read_report(folder)
     console.print(table(summary))
+    if result := result_text(summary, summary["best"]):
+        console.print(result.replace("**", ""), markup=False, highlight=False)
     # Brackets in names and paths are text, not Rich's markup; a path must stay on one line to be copied.
     for line in (f"Candidates: {counts_line(summary)}", f"Time: {time_line(summary)}", f"Best: {summary['best']}"):
         console.print(line, markup=False, highlight=False)

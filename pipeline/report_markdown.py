@@ -122,7 +122,7 @@ def _densest(summary: dict, best: Candidate) -> str:
 
 
 def _table(summary: dict) -> str:
-    lines = [headers(summary), ["---", "---", "---:", "---:", "---:"], *(cells(row) for row in rows(summary))]
+    lines = [headers(summary), ["---", "---", "---:", "---:", "---:", "---:"], *(cells(row) for row in rows(summary))]
     note = (
         f"Perplexity per token over windows of {summary['context']} tokens; {summary['dtype']}; mask only: no weight "
         f"that was kept has been changed. Fitness split: {summary['corpora']['fitness']}. "
@@ -190,15 +190,22 @@ def _noise(lineage: Lineage, summary: dict, best: Candidate) -> str:
 def _caveats(lineage: Lineage, summary: dict, best: Candidate) -> list[str]:
     corpora, group = summary["corpora"], best.algorithm.group
     patterned = Group.parse(group).kind == "n:m"
+    count = summary.get("looks", 1)
+    looks = [
+        f"The report split was looked at {count} times, once for each winner that this search has had: whoever stopped "
+        "because of what it said has chosen by it. Measure the last one on other text."
+    ]
     return [
         f"Splits: calibration ({corpora['calibration']}) gave the statistics, the fitness split "
         f"({corpora['fitness']}) chose the winner, and the report split ({corpora['report']}) was seen by neither.",
+        *(looks if count > 1 else []),
         _noise(lineage, summary, best),
         f"Compare only with figures of the same text, context ({summary['context']} tokens), dtype "
         f"({summary['dtype']}) and dense row; word-normalised perplexities are another quantity.",
         f"{'GCoT is' if patterned else 'GCoT and SDSA are'} our reconstruction: only the abstract of arXiv 2511.15390 "
         f"was public, and {'its' if patterned else 'their'} details here are our own.",
-        "Baselines are written from their published formulas, with the same calibration statistics and budget.",
+        "Baselines are written from their published formulas, with the same calibration statistics and sparsity; their "
+        "parameters are as given, not tuned: `autoprune compare` tunes them.",
         f"The zeros are {group if patterned else 'unstructured'}: the exported model has its original size and speed "
         "until a sparse format or kernel is used.",
     ]

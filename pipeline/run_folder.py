@@ -113,7 +113,9 @@ def open_folder(folder: Path, config: Config, resume: bool, held: ExitStack) -> 
         return
     if storage is not None and _held(storage):
         raise InputError(f"{storage.uri} holds a run: add --resume {config.name} to go on, or choose another name")
-    if folder.exists() and any(entry.name != LOCK for entry in folder.iterdir()):
+    # What a kill in its first moment leaves: the lock, and part of the configuration.
+    rest = (entry.name for entry in folder.iterdir() if entry.suffix != ".tmp") if folder.exists() else ()
+    if any(name != LOCK for name in rest):
         raise InputError(f"run folder {folder} exists: add --resume {config.name} to go on, or choose another name")
     try:
         folder.mkdir(parents=True, exist_ok=True)

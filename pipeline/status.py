@@ -36,6 +36,7 @@ class Status:
         self._in_flight, self._restarts = in_flight, restarts
         self._facts: dict = {"host": socket.gethostname(), "pid": os.getpid(), "began": time.time(), "in_flight": []}
         self._written = 0.0
+        self._tell()
 
     def say(self, text: str) -> None:
         self._console.say(text)
@@ -47,7 +48,9 @@ class Status:
 
     def state(self, facts: Mapping) -> None:
         self._facts |= facts
+        self._facts.pop("doing", None)  # it is done
         self._console.state(self._facts)
+        self._written = 0.0  # nothing may come after it for as long as answers are written
         self._tell()
 
     def end(self, how: str) -> None:

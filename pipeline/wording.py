@@ -90,18 +90,21 @@ def headers(summary: dict) -> list[str]:
     if summary.get("cases"):
         among = f"{combined(summary)} of all cases, × dense"
         first = f"{measure}, report split, {summary['cases'][0]['name']}"
-        return ["method", "candidate", "sparsity", f"{measure}, fitness split, {among}", first]
-    return ["method", "candidate", "sparsity", f"{measure}, fitness split", f"{measure}, report split"]
+        measures = [f"{measure}, fitness split, {among}", first]
+    else:
+        measures = [f"{measure}, fitness split", f"{measure}, report split"]
+    return ["method", "candidate", "sparsity", *measures, "nats above the best there, paired"]
 
 
 def cells(row: dict) -> list[str]:
-    sparsity = f"{100 * row['sparsity']:.1f}%"
+    sparsity, above = f"{100 * row['sparsity']:.1f}%", row.get("above_best")
     return [
         row["method"],
         row["candidate"] or "–",
         sparsity,
         perplexity_text(row["fitness_nll"]),
         perplexity_text(row["report_nll"]),
+        difference_text(above[0], math.inf if above[1] is None else above[1], "") if above else "–",
     ]
 
 

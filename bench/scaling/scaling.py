@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from autoprune.actors.dispatch import Dispatch, depth
+from autoprune.actors.dispatch import Dispatch, depth, shallow
 
 LONGEST = 0.5  # seconds at each shard; the shortest is a tenth of it
 JOBS = 400  # per replica
@@ -107,7 +107,7 @@ def measure(shards: int, replicas: int, jobs: int, longest: float) -> dict:
 
 def simulate(shards: int, replicas: int, work: Sequence[float]) -> float:
     """Efficiency of the same dispatch without a driver's delays: seconds at each shard, for each candidate."""
-    table = Dispatch(len(work), replicas, depth(shards), float("inf"), 1)
+    table = Dispatch(len(work), replicas, depth(shards), float("inf"), 1, shallow(shards))
     free, ends, now = [[0.0] * shards for _ in range(replicas)], [], 0.0
     while table.left:
         while (sent := table.assign(now)) is not None:

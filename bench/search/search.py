@@ -1,4 +1,4 @@
-"""Strategies of search at equal answers and full evaluations: GCoT, a plain top-k prompt, best of N, genetic, random.
+"""Strategies of search with equal bounds on answers and full evaluations: GCoT, top-k, best of N, genetic, random.
 
     python bench/search/search.py runs/strategies                     # all that is missing, seed by seed
     python bench/search/search.py runs/strategies --arms genetic random --seeds 0

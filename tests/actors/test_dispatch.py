@@ -49,30 +49,70 @@ def test_work_goes_to_whoever_has_least_and_no_further_than_there_is_room():
     assert [replica for replica, _ in fill(table)] == [1, 1]
 
 
-def test_what_was_in_flight_goes_first_and_in_order():
+def test_what_was_in_flight_goes_first_and_in_order_and_a_suspect_last_and_alone():
     table = Dispatch(5, 1, 3, 10.0, 2)
     assert [job for _, job in fill(table)] == [0, 1, 2]
     assert table.close(0) is None and fill(table) == []
     table.open(0)
-    assert [job for _, job in fill(table)] == [0, 1, 2]
-    assert table.close(0) == 0, "blamed twice"
-    table.open(0)
     assert [job for _, job in fill(table)] == [1, 2, 3]
     assert table.close(0, blame=False) is None
+    table.open(0)
+    assert [job for _, job in fill(table)] == [1, 2, 3]
+    for expected in (1, 2, 3, 4):
+        assert table.finish(0, 0.0) == expected
+        fill(table)
+    assert table.oldest() == {0: 0} and fill(table) == []
+    assert table.close(0) == 0, "blamed twice" and not table.left
     table.open(0)
     assert table.close(0) is None, "nothing was in flight"
 
 
-def test_a_machine_that_breaks_whatever_it_is_given_does_not_judge_alone():
-    """It is empty when it is back, and yet a job that broke there goes elsewhere, where there is room."""
-    table = Dispatch(3, 2, 2, 10.0, 3)
-    assert [table.assign(0.0) for _ in range(3)] == [(0, 0), (1, 1), (0, 2)]
+def test_an_innocent_one_does_not_take_the_blame_for_what_is_behind_it_again_and_again():
+    """Whenever jobs 0 and 1 meet, the replica ends, and 1 is the reason."""
+    table, ended, given_up = Dispatch(4, 1, 3, 10.0, 3), [], []
+    while table.left:
+        fill(table)
+        flying = table.in_flight()[0]
+        if 1 in flying:
+            given_up += filter(None, [table.close(0)])
+            table.open(0)
+        else:
+            ended.append(table.finish(0, 0.0))
+    assert given_up == [1] and sorted(ended) == [0, 2, 3]
+
+
+def test_before_a_job_is_given_up_nothing_else_is_in_flight():
+    """Replicas of one machine share its memory."""
+    table = Dispatch(4, 2, 2, 10.0, 2)
+    assert fill(table) == [(0, 0), (1, 1), (0, 2), (1, 3)]
     assert table.close(0) is None
     table.open(0)
-    assert [table.assign(0.0) for _ in range(2)] == [(1, 0), (0, 2)]
+    assert fill(table) == [(0, 2)]
+    assert table.finish(0, 0.0) == 2 and fill(table) == [], "two others are under way elsewhere"
     table.finish(1, 0.0)
     table.finish(1, 0.0)
-    assert not table.oldest().keys() - {0}
+    assert fill(table) == [(1, 0)], "not where it broke"
+    assert table.close(1) == 0 and not table.left
+
+
+def test_where_little_is_left_it_waits_for_whoever_is_free_first():
+    table = Dispatch(4, 2, 2, 10.0, 2, shallow=1)
+    assert fill(table) == [(0, 0), (1, 1)]
+    assert table.finish(1, 0.0) == 1 and fill(table) == [(1, 2)]
+    assert table.finish(1, 0.0) == 2 and fill(table) == [(1, 3)]
+    assert table.finish(0, 0.0) == 0 and fill(table) == []
+    assert fill(Dispatch(5, 2, 2, 10.0, 2, shallow=1)) == [(0, 0), (1, 1), (0, 2)], "more than two wait at first"
+    assert len(fill(Dispatch(3, 1, 2, 10.0, 2, shallow=1))) == 2, "one alone takes what it can"
+
+
+def test_a_machine_that_breaks_whatever_it_is_given_does_not_judge_alone():
+    """It is empty when it is back, and yet a job that broke there goes elsewhere, where that is empty, too."""
+    table = Dispatch(2, 2, 2, 10.0, 3)
+    assert [table.assign(0.0) for _ in range(2)] == [(0, 0), (1, 1)]
+    assert table.close(0) is None
+    table.finish(1, 0.0)
+    table.open(0)
+    assert fill(table) == [(1, 0)]
 
 
 def test_a_job_that_cannot_be_sent_is_gone():

@@ -41,7 +41,9 @@ def server():
 def test_a_server_without_grammars_is_told_in_words(server):
     generator = OpenAIGenerator(server, "plain")
     request = Request((("system", "You prune."), ("user", "Write.")), 1, 0.9, 50, 'root ::= "x"', brief="Only lines.")
-    (answers,) = generator.generate([request])
+    seen = {}
+    (answers,) = generator.generate([request], seen.__setitem__)
+    assert seen == {0: answers}, "told as soon as it is there"
     assert [(a.text, a.finish_reason, a.completion_tokens) for a in answers] == [("def score(W):", "length", 4)]
     first, second = NoGrammar.asked
     assert first["structured_outputs"] == {"grammar": 'root ::= "x"'}

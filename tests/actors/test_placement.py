@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprune.actors.placement import equal_share
+from autoprune.actors.placement import Layout, equal_share
 
 
 def fits(share: float, actors: int, places: list[float]) -> bool:
@@ -17,6 +17,13 @@ def test_a_share_fits_and_a_larger_one_does_not(actors, sizes):
     share = equal_share(actors, places)
     assert fits(share, actors, places)
     assert share == 1.0 or not fits(share + 0.01, actors, places)
+
+
+def test_what_is_left_of_a_gpu_goes_to_those_of_which_nothing_is_said():
+    given = Layout(shards=1, replicas=1, threads=1, gpus_per_shard=0.5)
+    assert given.gpu_shares(1) == (0.5, 0.5) and given.gpu_shares(2) == (1.0, 0.5) and given.gpu_shares(0) == (1.0, 0.5)
+    assert Layout(shards=2, replicas=2, threads=1, gpus_per_engine=0.3).gpu_shares(1) == (0.3, 0.17)
+    assert Layout(shards=1, replicas=1, threads=1).gpu_shares(1) == (0.5, 0.5)
 
 
 def test_known_cases():

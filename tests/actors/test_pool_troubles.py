@@ -9,7 +9,7 @@ import ray
 import torch
 
 from autoprune.actors.dispatch import TRIES
-from autoprune.actors.messages import Evaluation
+from autoprune.actors.messages import Evaluation, Probe
 from autoprune.actors.placement import ActorResources
 from autoprune.actors.pool import CONTROL, EvaluatorPool, _Start
 from autoprune.actors.replica import PoolPlan
@@ -191,6 +191,33 @@ def test_where_nothing_can_be_measured_no_candidate_is_to_blame():
         for index, _ in pool.evaluate([Algorithm("x")] * 3, "report"):
             seen.append(index)
     assert seen == [1]
+
+
+class Prober:
+    """A replica of one actor whose probes say what `fails` does of the algorithm."""
+
+    def __init__(self, fails):
+        @ray.remote(num_cpus=0)
+        class Actor:
+            def probe(self, algorithm, sparsity):
+                if fails(algorithm):
+                    raise MemoryError("too much")
+                return Probe(None)
+
+        self.actors = [Actor.remote()]
+
+
+@pytest.mark.parametrize("all_fail", [False, True])
+def test_a_probe_is_poison_only_where_magnitude_pruning_passes(cluster, monkeypatch, all_fail):
+    bad = Algorithm("def score(W):\n    return W")
+    pool = make(Prober(lambda algorithm: all_fail or "abs" not in algorithm.score))
+    monkeypatch.setattr(pool, "_renew", lambda *_: None)
+    if all_fail:
+        with pytest.raises(Lost, match="all that they probe, magnitude pruning, too"):
+            pool.probe([bad])
+    else:
+        first, second = pool.probe([bad, CONTROL])
+        assert first.poison and second.error is None
 
 
 def test_more_text_may_take_as_much_longer():

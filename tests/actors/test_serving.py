@@ -89,7 +89,9 @@ def requests(*offsets: int) -> list[Request]:
 def test_several_engines_share_the_prompts_and_answers_stay_in_order(make):
     generator = make("", engines=2)
     generator.wait()
-    answers = generator.generate(requests(0, 2, 4))
+    seen = {}
+    answers = generator.generate(requests(0, 2, 4), seen.__setitem__)
+    assert [seen[index] for index in range(3)] == answers
     assert [[a.text for a in texts] for texts in answers] == [
         ["0 by 0", "1 by 0"],
         ["2 by 1", "3 by 1"],
@@ -157,6 +159,19 @@ def test_an_engine_that_is_lost_while_it_starts_is_started_again(make):
     generator.wait()
     assert len(make.said) == 1
     assert [a.text for a in generator.generate(requests(7))[0]] == ["7 by 0", "8 by 0"]
+
+
+@pytest.mark.parametrize("by_turns", [False, True])
+def test_engines_are_waited_for_once_more_after_one_was_lost(make, by_turns):
+    import ray
+
+    generator = make("", engines=2)
+    generator._by_turns = by_turns  # as on parts of one GPU
+    ray.kill(generator._actors[1])
+    generator._started[1] = None
+    generator.wait()
+    assert generator._started[0] is not None and (generator._started[1] is not None) >= by_turns
+    assert len(generator.generate(requests(0, 2))) == 2
 
 
 def test_an_engine_that_cannot_wake_up_is_started_again(make):

@@ -36,6 +36,7 @@ def loop_score(name, weight, statistics):
         "ria": lambda w, i, j: (abs(w) / column_sums[j] + abs(w) / row_sums[i]) * x_norm[j] ** 0.5,
         "pruner-zero": lambda w, i, j: abs(w * w) * (summed[i][j] - low) / (high - low),
         "obs-diag": lambda w, i, j: w**2 / h_inv_diag[j],
+        "taylor": lambda w, i, j: abs(w) * statistics["g_rms"][i][j],
     }[name]
     return [[formula(weight[i][j], i, j) for j in columns] for i in rows]
 
@@ -91,6 +92,7 @@ def test_groups_are_those_of_the_papers():
         "ria": "matrix",
         "pruner-zero": "row",
         "obs-diag": "row",
+        "taylor": "matrix",
     }
     assert all(baseline.group in GROUPS for baseline in BASELINES.values())
 

@@ -88,6 +88,28 @@ def test_every_question_is_another_one_within_range(name, evaluations, shape):
     assert tuning.allocation == asked[values.index(min(values))]
 
 
+@pytest.mark.parametrize("evaluations", [1, 9, 11, 16, 40, MOST_EVALUATIONS])
+@pytest.mark.parametrize("start", [0.5, 2.0, 0.125])
+def test_taylor_is_tuned_with_the_others_where_it_is_given(evaluations, start):
+    optimum = {"tau": 0.7, "m": 0.7, "depth": 0.8, "taylor": 0.3}
+
+    def function(taylor=0.0, **parameters):
+        return bowl("sdsa")[0](**parameters) + (taylor - optimum["taylor"]) ** 2
+
+    measure = Recorder(function)
+    tuning = tune("sdsa", measure, evaluations, taylor=start)
+    asked = [allocation for batch in measure.rounds for allocation in batch]
+    assert len(set(texts(asked))) == len(set(map(str, asked))) == evaluations and len(measure.rounds) <= 4
+    assert asked[0] == Allocation("sdsa", DEFAULTS["sdsa"] | {"taylor": start})
+    for allocation in asked:
+        check_allocation(allocation)
+        assert "taylor" not in allocation.parameters or 0 < allocation.parameters["taylor"] <= 2
+    assert tuning.allocation == min(tuning.trace, key=lambda pair: pair[1])[0]
+    if evaluations >= 40 and start < 2:
+        assert abs(tuning.allocation.parameters.get("taylor", 0.0) - optimum["taylor"]) < 0.1
+        assert min(value for _, value in tuning.trace) < 0.02
+
+
 @pytest.mark.parametrize("name", LINES)
 def test_one_parameter_is_found_to_a_fiftieth_of_its_range(name):
     function, optimum = bowl(name)

@@ -3,6 +3,7 @@ hold nothing that should not be in a repository. No Docker, Kubernetes or cloud 
 
 import configparser
 import fnmatch
+import importlib.util
 import re
 import shlex
 import shutil
@@ -393,6 +394,16 @@ def test_the_image_is_made_of_what_is_here():
     assert packages() <= copied
     for name in allowed:
         assert any(fnmatch.fnmatch(source, f"{name}*") for source in copied), f"{name} is sent for nothing"
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_what_is_locked_is_every_requirement_with_its_marker(target):
+    spec = importlib.util.spec_from_file_location("lock", ROOT / "deploy" / "lock.py")
+    spec.loader.exec_module(lock := importlib.util.module_from_spec(spec))
+    found = lock.requirements(target)
+    assert any(";" in line for line in found), "a marker is part of its line"
+    pinned = text(f"deploy/locks/{target}.txt") + (text("deploy/locks/torch-cpu.txt") if target == "cpu" else "")
+    assert all(re.search(rf"(?m)^{re.escape(lock.name_of(line))}==", pinned) for line in found)
 
 
 def test_the_image_has_the_packages_of_the_locks():

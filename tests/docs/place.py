@@ -106,8 +106,10 @@ class Place:
             "http://host:8000/v1": server,
             "/mnt/shared": str(folder / "shared"),
         }
-        for name, documents, sentences in (("wikipedia", 106, 6), ("my", 700, 1), ("unseen", 50, 1)):
-            rows = ({"text": "".join(SENTENCE.format(7 * d + s) for s in range(sentences))} for d in range(documents))
+        texts = (("wikipedia", 106, 6), ("my", 700, 1), ("unseen", 50, 1))
+        for file, (name, documents, sentences) in enumerate(texts):  # none stands in another one
+            first = range(10_000 * file, 10_000 * file + 7 * documents, 7)
+            rows = ({"text": "".join(SENTENCE.format(d + s) for s in range(sentences))} for d in first)
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         shutil.copytree(ROOT / "configs", folder / "configs")
         for file in ("demo.yaml", "compare.yaml"):

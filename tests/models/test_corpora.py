@@ -144,7 +144,9 @@ def test_token_windows(text_file, tiny_model, caplog):
     windows = token_windows(corpus, tokenizer, 7)
     assert windows.dtype == torch.int64 and windows.shape == (len(stream) // 7, 7)
     assert windows.flatten().tolist() == stream[: windows.numel()]
-    assert token_windows(corpus, tokenizer, 7, 2).equal(windows[:2])
+    assert len(windows) > 4, "enough to leave some out"
+    assert token_windows(corpus, tokenizer, 7, 2).equal(windows[[0, len(windows) // 2]]), "over all of the text"
+    assert token_windows(corpus, tokenizer, 7, 99).equal(windows)
     assert not caplog.records  # nothing about sequences longer than the model's maximum
     with pytest.raises(InputError, match=f"has {len(stream)} tokens and one window needs 500"):
         token_windows(corpus, tokenizer, 500)

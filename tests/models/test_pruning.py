@@ -290,7 +290,7 @@ def test_evaluate_with_a_reference(tmp_path, tiny_model, text):
     prune(str(tiny_model), WANDA, 0.5, text, tmp_path / "out", context=CONTEXT, device="cpu")
     options = {"context": CONTEXT, "windows": 4, "device": "cpu"}
     result = evaluate(str(tmp_path / "out"), text, reference=str(tiny_model), **options)
-    ids = windows(tiny_model, text)[:4]
+    ids = token_windows(load_corpus(text), load_tokenizer(tiny_model), CONTEXT, 4)
     with torch.inference_mode():
         logs = [
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits[:, :-1].log_softmax(-1)
@@ -298,6 +298,10 @@ def test_evaluate_with_a_reference(tmp_path, tiny_model, text):
         ]
     expected = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()
     assert result.kl == pytest.approx(float(expected), rel=1e-4) and result.kl > 0
+    dense, own = (-log.gather(-1, ids[:, 1:, None]).mean((1, 2)) for log in logs)
+    assert result.window_nlls == pytest.approx(own.tolist(), rel=1e-4) and len(own) == 4
+    assert result.difference == pytest.approx((own - dense).mean().item(), abs=1e-5)
+    assert result.difference_standard_error == pytest.approx((own - dense).std().item() / 2, rel=1e-3)
     offloaded = evaluate(str(tmp_path / "out"), text, reference=str(tiny_model), offload=True, **options)
     assert offloaded == result
     same = evaluate(str(tiny_model), text, reference=str(tiny_model), **options)

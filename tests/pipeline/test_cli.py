@@ -428,12 +428,16 @@ def test_status_says_how_far_a_search_is(capsys, tmp_path):
     spent |= {"evaluations": 3, "cheap": 5, "evaluating": 16.0}
     facts = {"generation": 2, "generations": 9, "candidates": 31, "best": {"id": "g01-c02", "nll": 4.0}, "spent": spent}
     with locked(folder):
+        assert json.loads(shown(capsys, "status", folder, "--json"))["state"] == "running", "before anything was done"
+        status._written = 0.0
         status.step("evaluating (fitness)", 3, 8)
-        status.state(facts | {"left": {"calls": 40.0, "tokens": None}})
         status.step("evaluating (fitness)", 4, 8)  # too soon to be written
         found = json.loads(shown(capsys, "status", folder, "--json"))
         assert found["state"] == "running" and found["doing"] == {"what": "evaluating (fitness)", "done": 3, "total": 8}
         assert "generation" not in found and not told
+        status.state(facts | {"left": {"calls": 40.0, "tokens": None}})  # written at once, and nothing is under way
+        found = json.loads(shown(capsys, "status", folder, "--json"))
+        assert found["generation"] == 2 and "doing" not in found and len(told) == 1
         status._written = 0.0
         status.step("evaluating (fitness)", 5, 8)
         text = shown(capsys, "status", folder)

@@ -420,6 +420,7 @@ def test_names():
         ("methods=[{allocations: [sdas]}]", "sdsa"),
         ("methods=[{allocations: [uniform:tuned]}]", "uniform has no parameters to tune"),
         ("methods=[{allocations: ['sdsa:tau=1:tuned']}]", "tune them or give them"),
+        ("methods=[{allocations: ['sdsa:taylor=0.5,tau=1:tuned']}]", "tune them or give them"),
         ("methods=[{allocations: ['sdsa:tau=x']}]", "expected numbers"),
         ("methods=[{score: [wanda]}]", "did you mean methods.scores?"),
         ("methods=[]", "methods is empty"),

@@ -25,7 +25,7 @@ from autoprune.pipeline.gcot import (
 )
 from autoprune.pipeline.lineage import Candidate, Lineage
 from autoprune.pipeline.operators import choose
-from autoprune.pipeline.population import CLAIMS, baseline, choose_parents, read_score, seed
+from autoprune.pipeline.population import CLAIMS, OWN_CLAIM, baseline, choose_parents, read_score, seed
 from autoprune.pipeline.wording import algorithm_text
 
 
@@ -248,6 +248,25 @@ def test_what_cannot_be_read_or_changes_weights_is_no_seed(text):
 def test_every_other_baseline_is_a_seed_with_a_claim(name):
     assert seed(f"{name}/none+owl@layer").hypothesis == f"{CLAIMS[name]}; {CLAIMS['owl']}"
     assert seed(name).id == f"seed-{name}"
+
+
+def test_a_file_is_a_seed_with_its_own_group_and_allocation(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("# group: matrix\n# allocation: owl lam=0.1\ndef score(W, g_rms):\n    return W.abs() * g_rms\n")
+    alone, other = seed(str(file)), seed(f"{file}+sdsa")
+    assert (alone.id, other.id) == ("seed-mine.py", "seed-mine.py+sdsa") and alone.algorithm.group == "matrix"
+    assert str(alone.algorithm.allocation) == "owl lam=0.1" and other.algorithm.allocation == Allocation(
+        "sdsa", DEFAULTS["sdsa"]
+    )
+    assert alone.hypothesis == f"{OWN_CLAIM}; {CLAIMS['owl']}"
+    paired = seed(str(file), "2:4").algorithm
+    assert (paired.group, paired.allocation) == ("2:4", Allocation("uniform"))
+    file.write_text("# group: 2:4\ndef score(W):\n    return W.abs()\n")
+    with pytest.raises(InputError, match="mine.py is for 2:4 and cannot be a seed: expected row or matrix"):
+        seed(str(file))
+    assert seed(str(file), "2:4").algorithm.group == "2:4"
+    with pytest.raises(InputError, match="cannot read .*none.py"):
+        seed(str(tmp_path / "none.py"))
 
 
 def test_every_baseline_and_every_rule_that_can_be_named_has_a_claim():

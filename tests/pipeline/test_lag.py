@@ -18,13 +18,13 @@ class Watched:
         self._generator, self._evaluator, self._delay = generator, evaluator, delay
         self.threads = []
 
-    def generate(self, requests):
+    def generate(self, requests, answered):
         self.threads.append(threading.current_thread() is threading.main_thread())
         if self._delay == "after":  # not before everything of the generation is measured
             count = -1
             while count != (count := len(self._evaluator.measured)):
                 time.sleep(0.3)
-        return self._generator.generate(requests)
+        return self._generator.generate(requests, answered)
 
     def __getattr__(self, name):
         return getattr(self._generator, name)
@@ -87,10 +87,10 @@ def test_what_goes_wrong_in_advance_ends_the_search_when_it_is_needed(tmp_path, 
     search = lagged(tmp_path, LocalEvaluator(tiny_model, 0.5))
     real = search.generator.generate
 
-    def dying(requests):
+    def dying(requests, answered):
         if threading.current_thread() is not threading.main_thread():
             raise Lost("vLLM stopped serving")
-        return real(requests)
+        return real(requests, answered)
 
     search.generator.generate = dying
     with pytest.raises(Lost, match="stopped serving"):

@@ -21,7 +21,7 @@ class Counted:
     def __init__(self):
         self.asked, self.measured, self.poison = 0, [], False
 
-    def generate(self, requests):
+    def generate(self, requests, answered):
         self.asked += 1
         return [[Answer("a", 100, 7)] * request.n for request in requests]
 
@@ -64,6 +64,35 @@ def test_answers_and_measurements_are_paid_for_once(make):
     assert make.worker.asked == 1 and len(make.worker.measured) == 4
 
 
+def test_what_was_answered_before_a_search_was_stopped_is_not_asked_again(make):
+    asked = [replace(REQUEST, offset=offset, n=1 + offset % 2) for offset in range(4)]
+    seen = []
+
+    def stopped(requests, answered):
+        answered(2, [Answer("early", 100, 7)])
+        answered(1, [Answer("other", 100, 7)] * 2)
+        raise KeyboardInterrupt
+
+    make.worker.generate = stopped
+    ledger = make()
+    with pytest.raises(KeyboardInterrupt):
+        ledger.answers((1, 0, "round"), lambda: asked)
+    assert ledger.spent.answers == 0 and not ledger.asked(1, 0), "the round counts as a whole"
+
+    def rest(requests, answered):
+        seen.extend(requests)
+        return [[Answer("late", 100, 7)] * request.n for request in requests]
+
+    make.worker.generate = rest
+    changed = [*asked[:3], replace(asked[3], temperature=0.5)]
+    again = make()
+    texts = again.answers((1, 0, "round"), lambda: changed)
+    assert seen == [asked[0], changed[3]], "another question under the same number is another one"
+    assert [text[0].text for text in texts] == ["late", "other", "early", "late"]
+    assert [len(text) for text in texts] == [1, 2, 1, 2] and again.spent.answers == 6
+    assert make().answers((1, 0, "round"), lambda: []) == texts and len(seen) == 2
+
+
 def test_what_the_search_has_not_come_to_is_not_spent(make):
     ledger = make()
     ledger.answers((1, 0, "round"), lambda: [REQUEST])
@@ -104,6 +133,17 @@ def test_the_time_of_what_a_killed_sitting_did_after_its_last_checkpoint_counts(
     restored.restore([], 3700.0, 1)  # the record was there, and was not used yet
     restored.measure([ONE], "fitness")
     assert restored.spent.total == 3700.0, "it is in what the checkpoint says"
+
+
+def test_answers_that_were_written_beside_a_measurement_take_no_time_of_their_own(make, tmp_path):
+    ledger = make()
+    ledger.ask_ahead((2, 0, "round"), lambda: [REQUEST])
+    ledger.answers((2, 0, "round"), list)
+    journal = tmp_path / "journal.jsonl"
+    journal.write_bytes(b"".join(journal_line(record | {"seconds": 3600.0}) for record in Journal(journal)))
+    again = make()
+    again.answers((2, 0, "round"), list)
+    assert again.spent.answers == 2 and again.spent.total == 0.0
 
 
 def test_what_brought_evaluators_down_is_not_tried_again(make):

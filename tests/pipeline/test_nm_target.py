@@ -5,8 +5,10 @@ import shlex
 import shutil
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from local import LocalEvaluator, local_search, small_config
 from safetensors.torch import load_file
@@ -22,6 +24,7 @@ from autoprune.pipeline.config import Config, Further, Target, check_config, dif
 from autoprune.pipeline.launch import experiment_of
 from autoprune.pipeline.planning import plan, plan_lines
 from autoprune.pipeline.population import read_score, seed
+from autoprune.pipeline.preparation import Prepared
 from autoprune.pipeline.run_folder import open_folder
 from autoprune.pipeline.targets import Case, Cases
 
@@ -83,6 +86,11 @@ def nm_config(folder, model="tiny", group="2:4", **plan_):
     )
 
 
+def about(config):
+    hashes = dict.fromkeys(("calibration", "fitness", "report"), "ab")
+    return Prepared(config.target.model, Path(config.target.model), None, {}, hashes)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, tiny_model):
     """A search for 2:4 with its end, its pool, and its folder."""
@@ -95,14 +103,25 @@ def done(tmp_path_factory, tiny_model):
     pool.folder = tiny_model
     search = local_search(folder, pool, config)
     search.run()
-    hashes = dict.fromkeys(("calibration", "fitness", "report"), "ab")
-    conclude(config, config.folder, pool, search, hashes, ("mlflow ui", "here"), search.progress)
+    conclude(config, config.folder, pool, search, about(config), ("mlflow ui", "here"), search.progress)
     return search, pool, config.folder
 
 
 def test_the_model_says_of_how_much_text_it_was_calibrated_on(done):
     sidecar = json.loads((done[2] / "model" / "autoprune.json").read_text())
     assert sidecar["calibration"]["windows"] == 7, "the text's, not the configuration's"
+
+
+def test_each_row_has_its_windows_and_its_difference_to_the_best_on_the_report_split(done):
+    report = json.loads((done[2] / "report.json").read_text())
+    *others, best = sorted(report["table"], key=lambda row: row["method"] == "best found")
+    assert best["above_best"] is None and len(others) > 2 and report["looks"] <= 1
+    for row in others:
+        pairs = zip(row["report_window_nlls"], best["report_window_nlls"], strict=True)
+        differences = torch.tensor([own - other for own, other in pairs], dtype=torch.float64)
+        error = differences.std().item() / len(differences) ** 0.5
+        assert row["above_best"] == pytest.approx([differences.mean().item(), error], abs=1e-9)
+    assert "looked at" not in (done[2] / "report.md").read_text()
 
 
 @pytest.mark.parametrize("how", ["half", "another"])
@@ -116,8 +135,7 @@ def test_half_a_model_that_a_kill_left_or_anothers_is_written_anew(done, tmp_pat
         sidecar = json.loads(whole)
         (model / "autoprune.json").write_text(json.dumps(sidecar | {"algorithm": sidecar["algorithm"] | {"key": "x"}}))
         (model / "model.safetensors").write_bytes(b"")
-    hashes = dict.fromkeys(("calibration", "fitness", "report"), "ab")
-    conclude(search.config, tmp_path, pool, search, hashes, ("mlflow ui", "here"), search.progress)
+    conclude(search.config, tmp_path, pool, search, about(search.config), ("mlflow ui", "here"), search.progress)
     assert (model / "autoprune.json").read_text() == whole
     assert (model / "model.safetensors").read_bytes() == (old / "model.safetensors").read_bytes()
     assert not list(tmp_path.glob(".model-*"))

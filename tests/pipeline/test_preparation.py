@@ -35,6 +35,12 @@ def test_a_folders_name_may_have_a_bracket_and_a_servers_model_is_no_folder(tmp_
     ).search.seeds
     assert seeds == (f"wanda+{tmp_path}/ours.py@layer", "ria+sdsa")
     assert [seed(text).id for text in seeds] == ["seed-wanda+ours.py@layer", "seed-ria+sdsa"]
+    (tmp_path / "c++").mkdir()
+    (tmp_path / "c++" / "mine.py").write_text("# group: matrix\ndef score(W, h_inv_diag):\n    return W / h_inv_diag\n")
+    plan = SearchPlan(seeds=("c++/mine.py+sdsa", "c++/mine.py", "wanda"))
+    config = settled(Config(target=Target("served"), search=plan))
+    assert config.search.seeds == (f"{tmp_path}/c++/mine.py+sdsa", f"{tmp_path}/c++/mine.py", "wanda")
+    assert "h_inv_diag" in config.search.statistics, "what a seed reads is measured"
     (tmp_path / "you@there").mkdir()
     shutil.copy("ours.py", "you@there")
     with pytest.raises(InputError, match="search.seeds has two of the name wanda\\+ours.py: give"):

@@ -85,6 +85,7 @@ def made_up_summary(lineage):
         for method, sparsity, name in rows
     ]
     dense = {"method": "dense", "sparsity": 0.0, "fitness_nll": 3.1, "report_nll": 3.0, "candidate": None}
+    dense["above_best"] = [-2.5, 0.125]
     return {
         "name": "demo",
         "config": {"seed": 0},
@@ -139,7 +140,8 @@ def test_markdown_table_has_dense_first_and_right_perplexities(report, lineage):
     text = (report[0] / "report.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     assert [row[0] for row in rows[2:]] == ["dense", "wanda", "wanda+sdsa", "best found"]
-    assert rows[2][2:] == ["0.0%", "22.20", "20.09"]  # exp(3.1), exp(3.0)
+    assert rows[2][2:] == ["0.0%", "22.20", "20.09", "-2.5000 ± 0.1250"]  # exp(3.1), exp(3.0)
+    assert rows[0][5] == "nats above the best there, paired" and rows[-1][5] == "–"
     for row in rows[3:]:
         assert float(row[3]) == pytest.approx(math.exp(lineage[row[1]].fitness), abs=0.005)
     assert rows[0][3] == "ppl_token@512, fitness split"
@@ -240,6 +242,13 @@ def test_the_first_sentence_says_what_was_gained_and_how_sure_that_is(lineage, t
     assert "On text that no search saw" not in texts["nobody"]
     assert "9.5% below wanda**" in texts["one window"] and "noise.**" not in texts["one window"]
     assert "No candidate was better than **wanda**" in texts["the same"]
+    said = printed(lambda console: print_report(tmp_path / "clear", console))
+    assert f"the perplexity of {best} is 20.0% below wanda+sdsa, the best" in " ".join(said.split())
+
+
+def test_a_report_split_that_was_looked_at_again_says_so(lineage, tmp_path):
+    write_report(tmp_path, lineage, with_more(lineage, looks=3))
+    assert "The report split was looked at 3 times" in (tmp_path / "report.md").read_text()
 
 
 def test_the_json_is_json_whatever_is_infinite(lineage, tmp_path):

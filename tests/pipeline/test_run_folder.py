@@ -28,6 +28,19 @@ def test_what_a_killed_export_left_goes_when_the_run_is_resumed_and_not_under_a_
         assert not rest.exists()
 
 
+def test_what_a_kill_in_the_first_moment_leaves_is_no_run(tmp_path):
+    config = small_config(tmp_path)
+    config.folder.mkdir()
+    for name in ("lock", ".config.yaml.77.tmp"):
+        (config.folder / name).touch()
+    assert not begun(config)
+    with ExitStack() as held:
+        open_folder(config.folder, config, False, held)
+    assert begun(config)
+    with ExitStack() as held, pytest.raises(InputError, match="exists: add --resume"):
+        open_folder(config.folder, config, False, held)
+
+
 def test_a_storage_that_is_away_is_one_clear_line_that_says_where(tmp_path, monkeypatch):
     config = replace(small_config(tmp_path), storage=str(tmp_path / "copy"))
 
