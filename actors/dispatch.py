@@ -82,8 +82,9 @@ class Dispatch:
             room = self._depth if len(open_) == 1 or len(self._queue) > len(open_) else self._shallow
             open_ = [index for index in open_ if len(self._lanes[index].jobs) < room]
         elif self._suspects:
-            last = self._failures[self._suspects[0]] + 1 >= self._attempts
             busy = [index for index, lane in enumerate(self._lanes) if lane.jobs]
+            tried = [self._suspects[0], *(job for index in busy for job in self._lanes[index].jobs)]
+            last = any(self._failures[job] + 1 >= self._attempts for job in tried)
             open_ = [] if last and busy else [index for index in open_ if index not in busy]
         waiting = self._suspects if alone else self._queue
         if not waiting or not open_:

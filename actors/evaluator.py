@@ -53,8 +53,7 @@ class EvaluatorShard:
     ) -> None:
         """model: a name that every node can resolve, so that each fetches what it lacks. alone: the process is this
         shard's own, and is secluded once it has its model. state: where what is learned of the dense model is kept (a
-        folder, or what `Storage` knows); empty: nowhere. share: of a GPU's memory, beyond which nothing is taken, even
-        where whoever has the rest is asleep."""
+        folder, or what `Storage` knows); empty: nowhere. share: of a GPU's memory, beyond which nothing is taken."""
         if device == "cuda" and share < 1:
             torch.cuda.set_per_process_memory_fraction(share)
         # Fixed, so that their number never changes a sum.
@@ -100,6 +99,11 @@ class EvaluatorShard:
     def ready(self) -> Ready:
         """What the driver needs of this shard once it has been calibrated and has measured the dense model."""
         return Ready(f"{self._weights} {state_digest(self.shard)}", self.shard.profiles, self.shard.dense_reports)
+
+    def give_back(self) -> None:
+        """What is kept of a GPU's memory for the next use."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def calibrate(self, states: torch.Tensor, statistics: frozenset[str], features: frozenset[str]) -> torch.Tensor:
         left = self.shard.calibrate(states, statistics, features)

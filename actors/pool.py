@@ -264,7 +264,7 @@ class EvaluatorPool:
         nothing can be: not the candidates are the reason then.
         """
         doubted: list[tuple[int, Evaluation]] = []
-        for index, evaluation in self._evaluate(jobs, split, sparsity):
+        for index, evaluation in self._measured(jobs, split, sparsity):
             if evaluation.poison:
                 doubted.append((index, evaluation))
                 continue
@@ -280,6 +280,15 @@ class EvaluatorPool:
                     f"look at their machines, or raise evaluators.deadline ({self.plan.deadline:g} s)"
                 )
             yield from doubted
+
+    def _measured(
+        self, jobs: Sequence[Algorithm], split: str, sparsity: float | None
+    ) -> Iterator[tuple[int, Evaluation]]:
+        """As `_evaluate`; then a GPU is left to whoever has the rest of it, if that is wanted."""
+        yield from self._evaluate(jobs, split, sparsity)
+        if self.plan.gives:
+            given = [actor.give_back.remote() for replica in self._in_service() for actor in replica.actors]
+            ray.wait(given, num_returns=len(given), timeout=self.plan.deadline)
 
     def _evaluate(
         self, jobs: Sequence[Algorithm], split: str, sparsity: float | None

@@ -26,6 +26,7 @@ class PoolPlan:
     `ModelShard.calibrate`). bounds: first block of each shard, and the one after its last. deadline: seconds that a
     replica may take for one candidate; attempts: how often a candidate may bring a replica down before it is given up.
     state: where actors keep what they learn of the dense model, a folder or what `Storage` knows; empty: nowhere.
+    gives: whether the rest of their GPU is theirs while nobody else needs it, which they give back after each use.
     """
 
     model: str
@@ -41,6 +42,7 @@ class PoolPlan:
     attempts: int
     resources: ActorResources
     state: str = ""
+    gives: bool = False
 
     @property
     def shards(self) -> int:
@@ -98,7 +100,7 @@ class Replica:
                 plan.threads,
                 alone=True,
                 state=plan.state,
-                share=resources.num_gpus,
+                share=1.0 if plan.gives else resources.num_gpus,
             )  # fmt: skip
             for place, (start, stop) in enumerate(plan.bounds)
         ]

@@ -29,7 +29,7 @@ MAX_STEPS = 400  # operations that are run, whatever their size: each takes time
 # Element operations per element that a sort stands for: about log2 of a row's length.
 SORT = 12
 # In what plain RuntimeErrors say that are of a device, too, where a library found it.
-DEVICE_ERRORS = ("CUDA error", "CUBLAS_STATUS", "CUSOLVER_STATUS", "INTERNAL ASSERT")
+DEVICE_ERRORS = ("CUDA error", "CUBLAS_STATUS", "CUSOLVER_STATUS", "NVML_SUCCESS")
 SORTS = frozenset({"argsort", "median", "quantile"})
 
 

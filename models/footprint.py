@@ -55,19 +55,20 @@ class Footprint:
 @dataclass(frozen=True)
 class Workload:
     """What shards are to do: windows of every split, calibration first, of `context` tokens, and the statistics that
-    are asked for."""
+    are asked for. gpu: on one."""
 
     context: int
     windows: tuple[int, ...]
     statistics: frozenset[str]
+    gpu: bool = False
 
 
 @dataclass(frozen=True)
 class ModelSizes:
     """Of a model: bytes of each block, of embedding, head, and what is in every shard; prunable weights of each block;
     of them at most so many in tensors that hold several experts; (rows, columns) of its largest matrix; elements of the
-    Gram matrices of a block's layers, at most; the inputs that its layers have; its widths; and the attention heads
-    whose scores are held at a time, 0 where they are not."""
+    Gram matrices of a block's layers, at most; the inputs that its layers have; its widths; its attention
+    heads, and those whose scores are held at a time, 0 where they are not."""
 
     blocks: tuple[int, ...]
     embedding: int
@@ -83,6 +84,7 @@ class ModelSizes:
     inner: int
     vocabulary: int
     element: int
+    all_heads: int
     heads: int
 
     @property
@@ -124,6 +126,7 @@ def model_sizes(config: PretrainedConfig, name: str, dtype: str) -> ModelSizes:
         inner=max(max(shape) for shape in shapes),
         vocabulary=text.vocab_size,
         element=torch.empty(0, dtype=getattr(torch, dtype)).element_size(),
+        all_heads=text.num_attention_heads,
         heads=text.num_attention_heads if text._attn_implementation == "eager" else 0,
     )
 
@@ -170,6 +173,8 @@ def footprint(sizes: ModelSizes, start: int, stop: int, load: Workload) -> Footp
         # Sums of squares, fp32, of a block and of the one before; gradients of two windows, beside those of an expert;
         # and one window's graph, about twice what its forward pass takes.
         backward = (2 * 4 + 2 * sizes.element) * block + sizes.element * sizes.fused + 2 * attention // WINDOWS_AT_ONCE
+        if load.gpu and not sizes.heads:  # there attention's backward holds them (see `squared_gradients`)
+            backward += 3 * 4 * sizes.all_heads * load.context**2
         means = 2 * 4 * block  # of a block and of the one before
     rows, columns = sizes.largest
     # A layer's weight in fp32, its score, what the score is made of, and the mask.

@@ -216,7 +216,12 @@ class Ledger:
         name = ("answers", *key)
         ahead = self._ahead.pop(key, None)
         if ahead is not None:
+            began = time.monotonic()
             ahead.wait()
+            waited = {"kind": "waited", **_place(key), "seconds": time.monotonic() - began}
+            self._append(waited)
+        elif ("waited", *key) in self._places:
+            self._use(self._places["waited", *key])
         if name not in self._places:
             if self.ended(key[0]) is not None:
                 return []
@@ -237,7 +242,7 @@ class Ledger:
     def _ask(self, key: tuple[int, int, str], requests: Sequence[Request], ahead: bool = False) -> None:
         """Ask what the journal has no answer to, which each gets as it comes, so that what a stopped search paid for is
         not paid for again; then those of the whole round, which count."""
-        began, place = time.monotonic(), dict(zip(("generation", "round", "what"), key, strict=True))
+        began, place = time.monotonic(), _place(key)
         digests = [hashlib.sha256(repr(request).encode()).hexdigest() for request in requests]
         left = [index for index, digest in enumerate(digests) if ("answer", *key, digest) not in self._places]
 
@@ -352,11 +357,15 @@ class Ledger:
         return f"spent: {', '.join(parts)}"
 
 
+def _place(key: tuple[int, int, str]) -> dict:
+    return dict(zip(("generation", "round", "what"), key, strict=True))
+
+
 def _name(record: dict) -> tuple:
     """What a record is found by."""
-    if record["kind"] in ("answers", "answer"):
+    if record["kind"] in ("answers", "answer", "waited"):
         name = (record["kind"], record["generation"], record["round"], record["what"])
-        return name if record["kind"] == "answers" else (*name, record["request"])
+        return (*name, record["request"]) if record["kind"] == "answer" else name
     if record["kind"] in ("generation", "begun"):
         return (record["kind"], record["generation"])
     if record["kind"] == "dense":

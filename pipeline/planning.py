@@ -71,7 +71,7 @@ def plan(config: Config, gpu_gib: float, host_gib: float | None = None, gpus: in
     read = read_by_seeds(config) | set(config.search.statistics)
     data, extra = config.data, config.search
     windows = (data.calibration_windows, data.fitness_windows, extra.fresh_windows, data.report_windows, 1)
-    load = Workload(data.context, windows, read)
+    load = Workload(data.context, windows, read, bool(gpu_gib))
     models = dict.fromkeys(case.model for case in config.target.every)
     dtype = config.target.dtype if config.target.dtype != "auto" else "bfloat16" if gpu_gib else "float32"
     sizes = {model: model_sizes(known_config(model), model, dtype) for model in models}

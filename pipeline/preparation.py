@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 ACTORS = "actors"  # in the run folder: what evaluators learned of the dense models
 SPLITS = ("calibration", "fitness", "report")
-MOST_SHARED = 0.05  # of a split's text may stand in another one's: headings and the like occur in many
+MOST_SHARED = 0.05  # of the shorter of two splits' texts: headings and the like occur in many
 PROBE_TOKENS = 128  # of the first window of the calibration text, which the probe fidelity runs
 
 
@@ -87,14 +87,15 @@ def load_splits(data: Data) -> dict[str, Corpus]:
     """The texts by split. InputError where one is no text, or two of them share some of it, under whatever names."""
     check_splits(data)
     texts = {name: load_corpus(getattr(data, name)) for name in SPLITS}
-    for (other, first), (name, text) in combinations(texts.items(), 2):
-        known = set(first.documents)
-        shared = sum(len(document) for document in text.documents if document in known)
-        share = shared / sum(map(len, text.documents))
+    own = {name: set(text.documents) for name, text in texts.items()}  # each once, however often it is repeated
+    lengths = {name: sum(map(len, documents)) for name, documents in own.items()}
+    for other, name in combinations(texts, 2):
+        first, text, shared = texts[other], texts[name], sum(map(len, own[other] & own[name]))
+        share = shared / min(lengths[other], lengths[name])
         if share > MOST_SHARED:
             raise InputError(
-                f"{100 * share:.0f}% of data.{name} ({text.spec}) stands in data.{other} ({first.spec}), too: give "
-                "them different texts"
+                f"data.{name} ({text.spec}) and data.{other} ({first.spec}) share {100 * share:.0f}% of the shorter "
+                "one: give them different texts"
             )
     return texts
 
@@ -244,6 +245,7 @@ def pool_plan(config: Config, prepared: Prepared, resources: ActorResources) -> 
         attempts=evaluators.attempts,
         resources=resources,
         state=below(place_of(config), f"{ACTORS}/{_folder_name(prepared.model)}"),
+        gives=config.generator.kind == "vllm" and config.generator.sleeps and resources.device == "cuda",
     )
 
 

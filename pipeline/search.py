@@ -353,7 +353,9 @@ class Search:
             chosen = [c for c in candidates if c.status == "proposed"]
         else:
             chosen = self._within_budget(generation, [c for c in candidates if c.status == "proposed"])
-        evaluations = self.ledger.measure([c.algorithm for c in chosen], FULL, must=generation == 0)
+        # What somebody wrote by hand may be poison; the baselines are none.
+        known = generation == 0 and not any(".py" in text for text in self.config.search.seeds)
+        evaluations = self.ledger.measure([c.algorithm for c in chosen], FULL, must=known)
         for candidate, evaluation in zip(chosen, evaluations, strict=True):
             if evaluation.error is None:
                 candidate.status, candidate.evaluation = "evaluated", evaluation

@@ -44,6 +44,8 @@ class Status:
     def step(self, what: str, done: int, total: int) -> None:
         self._facts["doing"] = {"what": what, "done": done, "total": total}
         self._console.step(what, done, total)
+        if not done:
+            self._written = 0.0  # nothing may come after it for long
         self._tell()
 
     def state(self, facts: Mapping) -> None:

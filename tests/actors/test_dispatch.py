@@ -95,6 +95,20 @@ def test_before_a_job_is_given_up_nothing_else_is_in_flight():
     assert table.close(1) == 0 and not table.left
 
 
+def test_a_last_try_is_alone_even_where_another_suspect_waits():
+    table = Dispatch(2, 2, 2, 10.0, 3)
+    assert fill(table) == [(0, 0), (1, 1)]
+    assert table.close(0) is None
+    table.open(0)
+    assert fill(table) == [(0, 0)], "its second try"
+    assert table.close(0) is None
+    table.open(0)
+    assert fill(table) == [] and table.close(1) is None
+    table.open(1)
+    assert fill(table) == [(1, 0)], "its last one, beside which the other suspect waits"
+    assert table.finish(1, 0.0) == 0 and fill(table) == [(0, 1)]
+
+
 def test_where_little_is_left_it_waits_for_whoever_is_free_first():
     table = Dispatch(4, 2, 2, 10.0, 2, shallow=1)
     assert fill(table) == [(0, 0), (1, 1)]

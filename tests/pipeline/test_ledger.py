@@ -143,7 +143,8 @@ def test_answers_that_were_written_beside_a_measurement_take_no_time_of_their_ow
     journal.write_bytes(b"".join(journal_line(record | {"seconds": 3600.0}) for record in Journal(journal)))
     again = make()
     again.answers((2, 0, "round"), list)
-    assert again.spent.answers == 2 and again.spent.total == 0.0
+    assert again.spent.answers == 2 and again.spent.total == 3600.0, "what was waited for them does"
+    assert [record["kind"] for record in again.records] == ["begun", "answers", "waited"]
 
 
 def test_what_brought_evaluators_down_is_not_tried_again(make):

@@ -149,15 +149,16 @@ def test_gradients_count_as_memory_of_the_host_whatever_the_device():
     config = load_config(CONFIGS / "llama-2-7b.yaml", ["target.dtype=bfloat16"])
     on_gpu, on_cpu = (plan(config, gib).actors[0] for gib in (80.0, 0))
     assert "gradients" not in on_gpu["parts"] and on_gpu["host"] > on_cpu["parts"]["gradients"] > 20 * 2**30
-    assert on_cpu["total"] == on_gpu["total"] + on_cpu["parts"]["gradients"]
-    assert on_cpu["host"] == on_gpu["host"] + on_gpu["total"], "each once"
+    scores = on_gpu["total"] + on_cpu["parts"]["gradients"] - on_cpu["total"]
+    assert 0 < scores <= 3 * 4 * 32 * 2048**2, "attention's, which a GPU holds on the way back"
+    assert on_cpu["host"] == on_gpu["host"] + on_gpu["total"] - scores, "each once"
 
 
 def test_what_does_not_fit_beside_an_engine_is_said_with_what_the_gpus_that_there_are_can_hold(capsys):
     command = ["plan", str(CONFIGS / "llama-3.1-8b.yaml"), "--gpu-memory", "80", "--set"]
     assert main([*command, "data.context=8192"]) == 1
     text = capsys.readouterr().out
-    assert "evaluators.shards=2 would fit, which takes 0.74 GPU for each of 2;" in text
+    assert "evaluators.shards=4 would fit, which takes 0.74 GPU for each of 4;" in text
     context = re.search(r"data.context=(\d+) would fit on the GPUs that there are", text)[1]
     assert main([*command, f"data.context={context}"]) == 0
     engine = next(line for line in capsys.readouterr().out.splitlines() if "vLLM engine" in line)

@@ -1,13 +1,14 @@
 """Fitness and fresh windows: apart from each other, and each over the whole text."""
 
+import json
 import shutil
 
 import pytest
 
 from autoprune.models.errors import InputError
-from autoprune.pipeline.config import Config, Generator, SearchPlan, Target
+from autoprune.pipeline.config import Config, Data, Generator, SearchPlan, Target
 from autoprune.pipeline.population import seed
-from autoprune.pipeline.preparation import absolute, settled, spread
+from autoprune.pipeline.preparation import absolute, load_splits, settled, spread
 
 
 @pytest.mark.parametrize("windows, fitness, fresh", [(500, 8, 16), (40, 8, 8), (24, 8, 16), (100, 4, 1), (9, 8, 8)])
@@ -21,6 +22,25 @@ def test_both_kinds_lie_over_the_whole_and_apart(windows, fitness, fresh):
 
 def test_too_little_text_leaves_nothing_fresh():
     assert spread(8, 8, 8)[1] == [] and spread(5, 8, 8)[1] == []
+
+
+def test_the_same_text_under_two_names_is_refused_and_repeated_lines_are_not(tmp_path):
+    def written(name, documents):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        return str(tmp_path / name)
+
+    own = [[f"document {index} of {name}, which is no other one's" for index in range(30)] for name in "abc"]
+    head = "Below is an instruction."
+    mixed = [[text for document in documents for text in (head, document)] for documents in own]
+    first, second, third = (written(f"{index}.jsonl", documents) for index, documents in enumerate(mixed))
+    texts = load_splits(Data(calibration=first, fitness=second, report=third))
+    assert [len(text.documents) for text in texts.values()] == [60, 60, 60]
+    long = written(
+        "long.jsonl", own[2] * 1 + [f"{index} more of it, and longer than the others" for index in range(900)]
+    )
+    for splits in ((first, third, long), (long, second, third)):
+        with pytest.raises(InputError, match=r"and data.* share \d+% of the shorter one: give them different texts"):
+            load_splits(Data(**dict(zip(("calibration", "fitness", "report"), splits, strict=True))))
 
 
 def test_a_folders_name_may_have_a_bracket_and_a_servers_model_is_no_folder(tmp_path, monkeypatch):
