@@ -93,18 +93,18 @@ def headers(summary: dict) -> list[str]:
         measures = [f"{measure}, fitness split, {among}", first]
     else:
         measures = [f"{measure}, fitness split", f"{measure}, report split"]
-    return ["method", "candidate", "sparsity", *measures, "nats above the best there, paired"]
+    return ["method", "candidate", "sparsity", *measures, "above the best found, nats"]
 
 
 def cells(row: dict) -> list[str]:
     sparsity, above = f"{100 * row['sparsity']:.1f}%", row.get("above_best")
     return [
         row["method"],
-        row["candidate"] or "–",
+        "seed" if (row["candidate"] or "").startswith("seed-") else row["candidate"] or "–",  # the method is its name
         sparsity,
         perplexity_text(row["fitness_nll"]),
         perplexity_text(row["report_nll"]),
-        difference_text(above[0], math.inf if above[1] is None else above[1], "") if above else "–",
+        (f"{above[0]:+.3f}" + (f" ± {above[1]:.3f}" if above[1] is not None else "")) if above else "–",
     ]
 
 

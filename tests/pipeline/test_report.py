@@ -140,10 +140,11 @@ def test_markdown_table_has_dense_first_and_right_perplexities(report, lineage):
     text = (report[0] / "report.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     assert [row[0] for row in rows[2:]] == ["dense", "wanda", "wanda+sdsa", "best found"]
-    assert rows[2][2:] == ["0.0%", "22.20", "20.09", "-2.5000 ± 0.1250"]  # exp(3.1), exp(3.0)
-    assert rows[0][5] == "nats above the best there, paired" and rows[-1][5] == "–"
+    assert rows[2][2:] == ["0.0%", "22.20", "20.09", "-2.500 ± 0.125"]  # exp(3.1), exp(3.0)
+    assert rows[0][5] == "above the best found, nats" and rows[-1][5] == "–"
     for row in rows[3:]:
-        assert float(row[3]) == pytest.approx(math.exp(lineage[row[1]].fitness), abs=0.005)
+        name = f"seed-{row[0]}" if row[1] == "seed" else row[1]
+        assert float(row[3]) == pytest.approx(math.exp(lineage[name].fitness), abs=0.005)
     assert rows[0][3] == "ppl_token@512, fitness split"
 
 
