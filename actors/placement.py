@@ -75,10 +75,8 @@ class Layout:
         left = gpus - self.engines * engine - actors * self.gpus_per_shard
         sharing = (0 if engine else self.engines) + (0 if self.gpus_per_shard else actors)
         # Where the cluster has no room for them yet, those of which nothing is said are to have whole ones.
-        if gpus == 1 and sharing and 0 < left < 1:
-            share = max(1, int(100 * left / sharing)) / 100
-        else:
-            share = equal_share(sharing, [1.0] * int(left)) if left >= 1 else 1.0
+        places = [left] if gpus == 1 and left > 0 else [1.0] * int(left)
+        share = equal_share(sharing, places) if places else 1.0
         return engine or share, self.gpus_per_shard or share
 
 

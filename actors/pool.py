@@ -297,8 +297,8 @@ class EvaluatorPool:
             self._tokens[split] = ray.put(split_windows(self.plan.splits, split))
         plan, sparsity = self.plan, sparsity or self.plan.sparsity
         deadline = self._deadline(split)
-        room = depth(plan.shards), shallow(plan.shards)
-        table = Dispatch(len(jobs), plan.replicas, room[0], deadline, plan.attempts, room[1])
+        shards, attempts = plan.shards, plan.attempts
+        table = Dispatch(len(jobs), plan.replicas, depth(shards), deadline, attempts, shallow(shards))
         for index in self._starting:
             table.close(index)
         flights: dict[int, list[ray.ObjectRef]] = {}  # by job: the ShardReports to come, of which the last one decides

@@ -101,7 +101,7 @@ class Replica:
                 alone=True,
                 state=plan.state,
                 share=1.0 if plan.gives else resources.num_gpus,
-            )  # fmt: skip
+            )
             for place, (start, stop) in enumerate(plan.bounds)
         ]
         self.take_up()

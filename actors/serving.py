@@ -170,13 +170,10 @@ class VllmGenerator:
 
         for number in range(len(self._started)):
             try:
-                started = self._started[number]
-                if started is None:
-                    if not self._by_turns:
-                        continue
+                if self._started[number] is None and self._by_turns:
                     self._make(number)
-                    started = self._started[number]
-                ray.get(started, timeout=self._deadline)
+                if self._started[number] is not None:
+                    ray.get(self._started[number], timeout=self._deadline)
             except ray.exceptions.RayTaskError as error:
                 raise InputError(f"vLLM cannot serve {self.model} ({last_line(error)}): check generator.*") from error
             except ray.exceptions.RayError:
@@ -253,7 +250,7 @@ class VllmGenerator:
         import ray
 
         started = [one for one in self._started if one is not None]
-        return len(ray.wait(started, num_returns=len(started), timeout=0)[1] if started else []) > 0
+        return bool(started) and bool(ray.wait(started, num_returns=len(started), timeout=0)[1])
 
     def _call(self, method: str, numbers: Sequence[int]) -> dict[int, Exception]:
         """Of these engines, if they take turns. Returns those that failed."""
