@@ -92,8 +92,19 @@ def warm_up() -> None:
 
 
 def broken_promise(text: str, watch: Watch, outcomes: Counter) -> str | None:
-    """What went wrong with a source, if anything: it must be refused in one line, or run to a fingerprint."""
-    began = time.thread_time()
+    """What went wrong with a source, if anything. One that takes long does so every time: a pause of the garbage
+    collector or of the machine comes once."""
+    for _ in range(2):
+        began = time.thread_time()
+        wrong = judged(text, watch, outcomes)
+        took = time.thread_time() - began
+        if wrong is not None or took <= SECONDS:
+            return wrong
+    return f"it took {took:.1f} s"
+
+
+def judged(text: str, watch: Watch, outcomes: Counter) -> str | None:
+    """What went wrong with a source: it must be refused in one line, or run to a fingerprint, and touch nothing."""
     with watch as seen:
         try:
             if "def allocate" in text and "def score" not in text:
@@ -124,11 +135,7 @@ def broken_promise(text: str, watch: Watch, outcomes: Counter) -> str | None:
                 pass
             except Exception as error:
                 return f"as an answer: {type(error).__name__}: {error}"
-    if seen:
-        return f"it touched {seen[:3]}"
-    if time.thread_time() - began > SECONDS:
-        return f"it took {time.thread_time() - began:.1f} s"
-    return None
+    return f"it touched {seen[:3]}" if seen else None
 
 
 def fuzz(seconds: float, seed: int) -> Iterator[tuple[str, str, Counter]]:
