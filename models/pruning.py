@@ -234,7 +234,7 @@ def prune(
     model: bundled name, local folder or hub id; calibration: a corpus, of which at most `windows` windows of
     `context` tokens are used; dtype: what is computed in (the checkpoint keeps its own dtype).
     sequential: each block's statistics come from the output of the pruned blocks before it, not of the dense ones
-    (summaries for the allocation, and gradients, which are of the first GRADIENT_WINDOWS windows, stay those of the
+    (summaries for the allocation, and gradients, which are of GRADIENT_WINDOWS of the windows, stay those of the
     dense model). offload: hold one block in memory at a time, and read it from disk whenever it is needed, so that the
     model may be larger than the memory.
     Raises InputError, before anything is written, for unusable input.

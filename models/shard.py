@@ -16,6 +16,7 @@ from autoprune.algorithms.profiles import BlockProfile, block_profile, with_tayl
 from autoprune.algorithms.statistics import GRAM_READERS, InputMoments, NotFiniteError
 from autoprune.models.blocks import DecoderRange
 from autoprune.models.calibration import input_moments, squared_gradients
+from autoprune.models.corpora import evenly
 from autoprune.models.layers import Layer, replaced
 from autoprune.models.masking import BlockChoice, Chooser
 from autoprune.models.parts import PartWriter
@@ -23,8 +24,8 @@ from autoprune.models.perplexity import Reference, score_windows
 from autoprune.models.shelf import Shelf
 
 WINDOWS_AT_ONCE = 8  # bounds the memory of attention and activations; a block runs over chunks of this many windows
-# Gradients are of the first so many calibration windows: each takes a pass of its own, and the states that enter every
-# block are kept meanwhile.
+# Gradients are of so many calibration windows, evenly spaced: each takes a pass of its own, and the states that enter
+# every block are kept meanwhile.
 GRADIENT_WINDOWS = 16
 PROFILE_WINDOWS = 2  # windows whose dense hidden states are kept, to say in which blocks an algorithm errs
 
@@ -115,7 +116,7 @@ class ModelShard:
         self.moments, self.profiles = [], []
         for index in range(self.model.count):
             if "g_rms" in wants:
-                self._entered.put(index, {"states": hidden[:GRADIENT_WINDOWS].clone()})
+                self._entered.put(index, {"states": for_gradients(hidden)})
             with self.model.open(index) as layers:
                 moments, hidden = self.collect(index, layers, hidden, wants)
                 self._check_experts(index, layers, moments)
@@ -128,7 +129,7 @@ class ModelShard:
                 weights = (layer.weight for layer in layers)
                 self.profiles.append(block_profile(zip(weights, inputs, strict=True), features))
             self.moments.append(moments)
-        self._calibrated = hidden[:GRADIENT_WINDOWS] if "g_rms" in wants and self.model.last else None
+        self._calibrated = for_gradients(hidden) if "g_rms" in wants and self.model.last else None
         return hidden.cpu()
 
     def _check_experts(self, index: int, layers: list[Layer], moments: dict[str, InputMoments]) -> None:
@@ -142,7 +143,7 @@ class ModelShard:
 
     def backward(self, upstream: Tensor) -> Tensor:
         """After `calibrate` with "g_rms": root mean squares of the gradients of the mean NLL of each window by every
-        prunable weight, over the first GRADIENT_WINDOWS windows, divided by their mean over the layer; with them
+        prunable weight, over GRADIENT_WINDOWS of the windows, divided by their mean over the layer; with them
         `profiles` get their `taylor_mean`.
 
         upstream: the token windows for the last shard, otherwise what the shard after this one returned. Returns the
@@ -150,7 +151,7 @@ class ModelShard:
         one at a time. Raises NotFiniteError, naming block and layer, where a gradient is not finite.
         """
         if self.model.last:
-            hidden, tokens = self._calibrated, upstream[:GRADIENT_WINDOWS].to(self.device)
+            hidden, tokens = self._calibrated, for_gradients(upstream).to(self.device)
             parts = []
             with self.model.head():
                 for window, ids in zip(hidden.split(1), tokens, strict=True):
@@ -314,6 +315,11 @@ class ModelShard:
         for chunk, out in zip(hidden.split(WINDOWS_AT_ONCE), left.split(WINDOWS_AT_ONCE), strict=True):
             out.copy_(self.model.run(index, chunk.to(self.device)))
         return left
+
+
+def for_gradients(windows: Tensor) -> Tensor:
+    """A copy of those of the calibration windows, or of their states, of which gradients are taken."""
+    return windows[evenly(len(windows), min(len(windows), GRADIENT_WINDOWS))]
 
 
 def _loss_scale(length: int) -> float:

@@ -22,7 +22,7 @@ from autoprune.algorithms.profiles import BlockProfile
 from autoprune.algorithms.statistics import InputMoments
 from autoprune.models.shard import ModelShard, ShardReport
 
-SCHEMA = 1
+SCHEMA = 2
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}  # whose arithmetic it is
 TENSORS, FACTS = "state.safetensors", "state.json"
 

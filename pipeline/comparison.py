@@ -30,7 +30,7 @@ from autoprune.pipeline.population import baseline, read_allocation, read_score
 
 # Of a cell's file and key: raise it when the meaning of a figure changes, and everything is measured anew. What an
 # allocation yields has numbers of its own: REVISIONS.
-SCHEMA = 2
+SCHEMA = 3
 TUNED = ":tuned"  # behind an allocation: its parameters are sought on the fitness split
 TAYLOR = re.compile(r"sdsa(@layer)?:taylor=[^,:]*")  # may stand before it: then taylor is sought, too, from there on
 DENSE = "dense"
