@@ -102,6 +102,7 @@ class Ledger:
         self._timed, self._earlier = 0, len(self._journal)
         self._used: set[int] = set()  # places of the records that count as spent
         self._places: dict[tuple, int] = {}
+        self._asked: set[tuple[int, int]] = set()  # generation and round of what was asked for, if only in part
         self._ahead: dict[tuple[int, int, str], Aside] = {}
         self._writing, self._closed = threading.Lock(), False
         self._poisoned: dict[str, int] = {}  # places of records that have a traceback, by algorithm
@@ -207,6 +208,8 @@ class Ledger:
 
     def _index(self, place: int, record: dict) -> None:
         self._places[_name(record)] = place
+        if record.get("what") == "round" or record["kind"] == "begun":
+            self._asked.add((record["generation"], record.get("round", 0)))
         if record["kind"] in ("evaluation", "probe") and record[record["kind"]].get("traceback"):
             self._poisoned[record["key"]] = place
 
@@ -312,9 +315,8 @@ class Ledger:
         return record[record["kind"]]["traceback"]
 
     def asked(self, generation: int, round_: int) -> bool:
-        """Whether the journal has answers of this round: they were paid for, so they are used."""
-        begun = round_ == 0 and ("begun", generation) in self._places
-        return begun or ("answers", generation, round_, "round") in self._places
+        """Whether the journal has answers of this round, if not all: they were paid for, so they are used."""
+        return (generation, round_) in self._asked
 
     def ended(self, generation: int) -> list[str] | None:
         """Ids of the candidates that were measured in full in a generation that was committed; None for another. What
