@@ -273,8 +273,8 @@ class EvaluatorPool:
                 doubted = []
             yield index, evaluation
         if doubted:
-            ((_, control),) = self._evaluate([CONTROL], split, sparsity)
-            if control.error is not None:
+            ((_, control),) = self._measured([CONTROL], split, sparsity)
+            if control.poison:
                 raise Lost(
                     f"evaluators end with all that they get on {split}, magnitude pruning, too ({control.error}); "
                     f"look at their machines, or raise evaluators.deadline ({self.plan.deadline:g} s)"

@@ -175,12 +175,17 @@ FAILED = Evaluation(None, 0, error="not finite")
 
 
 @pytest.mark.parametrize(
-    ("script", "order"),
-    [([(0, POISON), (1, FINE)], [0, 1]), ([(0, POISON), (2, FAILED), (1, FINE)], [2, 0, 1]), ([(0, POISON)], [0])],
+    ("script", "control", "order"),
+    [
+        ([(0, POISON), (1, FINE)], FINE, [0, 1]),
+        ([(0, POISON), (2, FAILED), (1, FINE)], FINE, [2, 0, 1]),
+        ([(0, POISON)], FINE, [0]),
+        ([(0, POISON)], FAILED, [0]),  # its evaluator lives, whatever it measured
+    ],
 )
-def test_a_candidate_is_poison_once_another_one_was_measured(script, order):
+def test_a_candidate_is_poison_once_another_one_was_measured(script, control, order):
     pool = make(Scripted("ready"))
-    pool.script, pool.control = script, FINE
+    pool.script, pool.control = script, control
     assert [index for index, _ in pool.evaluate([Algorithm("x")] * 3)] == order
 
 
