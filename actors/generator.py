@@ -14,12 +14,16 @@ from functools import partial
 from pathlib import Path
 
 from autoprune.actors.aside import Aside
-from autoprune.actors.messages import Answer, Answered, Messages, Request, chat, estimate, last_line
+from autoprune.actors.messages import GREETING, Answer, Answered, Messages, Request, chat, estimate, last_line
 from autoprune.algorithms.manual import brief
 from autoprune.models.errors import InputError, Lost
 
 ANSWER_SEPARATOR = "\n---\n"
 PATIENCE = 600.0  # seconds for which a server that went away is waited for
+
+
+class Refused(Lost):
+    """The server is well, and does not take this request."""
 
 
 class OpenAIGenerator:
@@ -59,17 +63,29 @@ class OpenAIGenerator:
             raise InputError(f"{base_url} does not serve {model!r}; it serves {', '.join(served[:5])}")
 
     def generate(self, requests: Sequence[Request], answered: Answered = lambda *_: None) -> list[list[Answer]]:
-        def ask(index: int) -> list[Answer]:
-            texts = self._complete(requests[index])
+        """Answers per request; none to one that the server refuses, unless it refuses GREETING, too: then Lost."""
+
+        def ask(index: int) -> list[Answer] | Refused:
+            try:
+                texts = self._complete(requests[index])
+            except Refused as refusal:
+                return refusal
             answered(index, texts)  # before the others: whatever becomes of them, it was paid for
             return texts
 
         asked = [Aside(partial(ask, index)) for index in range(len(requests))]
         try:
-            return [one.wait() for one in asked]
+            found = [one.wait() for one in asked]
+            refused = {index: one for index, one in enumerate(found) if isinstance(one, Refused)}
+            if len(refused) == len(found) > 0:
+                self._complete(GREETING)
         except BaseException:
             self._stopped.set()
             raise
+        for index, refusal in refused.items():
+            self._report(f"{refusal}; it goes without an answer")
+            answered(index, [])
+        return [[] if index in refused else texts for index, texts in enumerate(found)]
 
     def _complete(self, request: Request) -> list[Answer]:
         refusals = self._openai.BadRequestError, self._openai.UnprocessableEntityError
@@ -80,7 +96,7 @@ class OpenAIGenerator:
                 completion = self._patiently(request, with_grammar=False)
                 self.grammar = False  # it was the grammar: the validator alone decides from here on
         except refusals as refusal:
-            raise Lost(f"{self._client.base_url} refuses the request: {last_line(refusal)}") from refusal
+            raise Refused(f"{self._client.base_url} refuses the request: {last_line(refusal)}") from refusal
         except self._openai.OpenAIError as error:
             raise Lost(f"{self._client.base_url} does not answer any more: {last_line(error)}") from error
         usage = completion.usage

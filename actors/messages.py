@@ -57,6 +57,12 @@ class Request:
 Answered = Callable[[int, "list[Answer]"], None]  # is told a request's place and its answers, as soon as they are there
 
 
+# Who answers this, and not what was asked before, is well: the request was to blame.
+GREETING = Request(
+    (("system", "You write Python."), ("user", "Write: return W.abs()")), n=1, temperature=1.0, max_tokens=9
+)
+
+
 @dataclass(frozen=True)
 class Answer:
     """One completion of the language model, with its token counts.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from autoprune.actors.dispatch import BLAMELESS, PAUSES, TRIES
 from autoprune.actors.guard import guard_session
-from autoprune.actors.messages import Answer, Answered, Messages, Request, chat, last_line
+from autoprune.actors.messages import GREETING, Answer, Answered, Messages, Request, chat, last_line
 from autoprune.actors.replica import blameless
 from autoprune.models.errors import InputError, Lost
 from autoprune.models.loading import load_tokenizer, resolve_model
@@ -93,6 +93,15 @@ class VllmEngine:
 
     async def wake_up(self) -> None:
         await self.engine.wake_up()
+
+
+def _next(answers: Collection[int], given_up: Collection[int], lost: Sequence[float]) -> list[int]:
+    """Places of the requests to send now, of which the last one is GREETING. One that its engine died with goes after
+    the others and alone, since its neighbours would be suspected with it."""
+    if given_up:
+        return [len(lost) - 1]
+    left = [index for index in range(len(lost) - 1) if index not in answers]
+    return [index for index in left if lost[index] < 1] or left[:1]
 
 
 class VllmGenerator:
@@ -181,14 +190,15 @@ class VllmGenerator:
         self._serving()
 
     def generate(self, requests: Sequence[Request], answered: Answered = lambda *_: None) -> list[list[Answer]]:
-        """Answers per request. Raises Lost when every engine died TRIES times without an answer between, or engines
-        died DEATHS times with the same request."""
+        """Answers per request; none, if engines died DEATHS times with it and then answered GREETING. Raises Lost when
+        every engine died TRIES times without an answer between, or engines died DEATHS times with GREETING, too."""
         import ray
 
         answers: dict[int, list[Answer]] = {}
-        lost = [0.0] * len(requests)
+        given_up: list[int] = []
+        control, asked = len(requests), [*requests, GREETING]
+        lost = [0.0] * len(asked)
         while len(answers) < len(requests):
-            left = [index for index in range(len(requests)) if index not in answers]
             dead: dict[int, Exception] = {}
             serving = self._serving()
             asleep = self._call("wake_up", serving)
@@ -199,19 +209,28 @@ class VllmGenerator:
                 continue
             began = time.monotonic()
             calls = [
-                (index, number, self._actors[number].complete.remote(requests[index]))
-                for index, number in zip(left, itertools.cycle(serving), strict=False)
+                (index, number, self._actors[number].complete.remote(asked[index]))
+                for index, number in zip(_next(answers, given_up, lost), itertools.cycle(serving), strict=False)
             ]
             for index, number, call in calls:
                 try:
-                    answers[index] = ray.get(call, timeout=max(0.0, began + self._deadline - time.monotonic()))
-                    self._deaths[number] = 0
-                    answered(index, answers[index])
+                    texts = ray.get(call, timeout=max(0.0, began + self._deadline - time.monotonic()))
                 except ray.exceptions.RayError as error:
                     dead[number] = error
                     lost[index] += BLAMELESS if blameless(error) else 1
+                    continue
+                self._deaths[number] = 0
+                if given_up:
+                    self._report(f"vLLM ended {DEATHS} times with the same request, which goes without an answer")
+                found = dict.fromkeys(given_up, []) | {index: texts}
+                found.pop(control, None)
+                answers |= found
+                given_up = []
+                for place, own in found.items():
+                    answered(place, own)
+            given_up += [index for index, *_ in calls if lost[index] >= DEATHS]
             for number, error in dead.items():
-                self._replace(number, error, max(lost) >= DEATHS)
+                self._replace(number, error, lost[control] >= DEATHS)
         for number, error in self._call("sleep", self._serving()).items():
             self._replace(number, error)  # awake, it would have the memory that evaluators count on
         return [answers[index] for index in range(len(requests))]

@@ -10,7 +10,7 @@ from autoprune.actors.generator import OpenAIGenerator, ScriptedGenerator
 from autoprune.actors.messages import Request
 from autoprune.algorithms.answers import NOBODY, parse_answer
 from autoprune.algorithms.grammar import PARTS, WRITTEN_PARTS
-from autoprune.models.errors import InputError
+from autoprune.models.errors import InputError, Lost
 
 
 class NoGrammar(JsonHandler):
@@ -100,6 +100,33 @@ def test_a_server_in_trouble_is_asked_again_from_its_first_failure_on(monkeypatc
         assert answer.text == "x" and len(Troubled.asked) == 2
         assert len(told) == 1 and "asking again" in told[0]
         generator.stop()
+
+
+@pytest.mark.parametrize("prompts", [["bad"], ["bad", "fine"]])
+def test_a_request_that_is_refused_goes_without_an_answer(prompts):
+    """By a filter of texts, say; unless everything is refused."""
+
+    class Filter(NoGrammar):
+        word = "bad"
+
+        def do_POST(self):
+            body = self.body()
+            if self.word in str(body["messages"]):
+                return self.answer({"error": {"message": "content policy"}}, 400)
+            choice = {"index": 0, "message": {"role": "assistant", "content": "x"}, "finish_reason": "stop"}
+            self.answer({"id": "1", "object": "chat.completion", "choices": [choice]})
+
+    seen, told = {}, []
+    asked = [Request((("system", "s"), ("user", text)), 1, 0.9, 50, 'root ::= "x"') for text in prompts]
+    with served(Filter) as url:
+        generator = OpenAIGenerator(url, "plain", report=told.append)
+        answers = generator.generate(asked, seen.__setitem__)
+        assert [[a.text for a in texts] for texts in answers] == [[], ["x"]][: len(prompts)]
+        assert seen == dict(enumerate(answers)) and generator.grammar
+        assert len(told) == 1 and "refuses the request" in told[0] and "content policy" in told[0]
+        Filter.word = ""
+        with pytest.raises(Lost, match="refuses the request"):
+            generator.generate(asked)
 
 
 @pytest.mark.parametrize("parts", [PARTS, WRITTEN_PARTS])

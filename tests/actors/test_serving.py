@@ -2,6 +2,7 @@
 their options, as vLLM's actor does from its model (which `test_walk` runs)."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from tiny import save_chat_model
@@ -18,7 +19,7 @@ def engine() -> type:
 
     class Troubled:
         """Fails as often as its file has letters: d(ies), h(angs), does not w(ake up) or f(ails to start), one letter
-        each time."""
+        each time. It always dies of "boom"."""
 
         async def start(self, options):
             self.file, self.seed = options["file"], options["seed"]
@@ -48,7 +49,7 @@ def engine() -> type:
             from autoprune.actors.messages import Answer
 
             trouble = self._next("d", "h")
-            if trouble == "d":
+            if trouble == "d" or "boom" in str(request.messages):
                 os._exit(1)
             if trouble == "h":
                 await asyncio.sleep(10_000)
@@ -133,11 +134,23 @@ def test_what_an_engine_left_unanswered_is_asked_again(make, trouble, word):
 
 
 def test_an_engine_that_dies_again_and_again_ends_the_search(make, hasty):
-    generator = make("ddd")
+    generator = make("dddd")
     generator.wait()
     with pytest.raises(Lost, match="vLLM stopped serving"):
         generator.generate(requests(0))
-    assert len(make.said) == 2
+    assert len(make.said) == 3
+
+
+def test_a_request_that_engines_die_of_goes_without_an_answer(make, hasty):
+    """Its neighbours have theirs: after the first time it goes alone, and it is to blame since others are answered."""
+    generator, seen = make(""), {}
+    generator.wait()
+    first, second, third = requests(0, 2, 4)
+    deadly = replace(second, messages=(("user", "boom"),))
+    answers = generator.generate([first, deadly, third], seen.__setitem__)
+    assert [[a.text for a in texts] for texts in answers] == [["0 by 0", "1 by 0"], [], ["4 by 0", "5 by 0"]]
+    assert seen == dict(enumerate(answers))
+    assert len(make.said) == 4 and "goes without an answer" in make.said[-1]
 
 
 def test_an_engine_that_cannot_start_again_is_given_time(make, monkeypatch):
