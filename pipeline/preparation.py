@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 ACTORS = "actors"  # in the run folder: what evaluators learned of the dense models
 SPLITS = ("calibration", "fitness", "report")
+TELLING = 40  # characters of a line that is not by chance in two texts, as are headings and lines of code
 MOST_SHARED = 0.05  # of the shorter of two splits' texts: headings and the like occur in many
 PROBE_TOKENS = 128  # of the first window of the calibration text, which the probe fidelity runs
 
@@ -87,17 +88,28 @@ def load_splits(data: Data) -> dict[str, Corpus]:
     """The texts by split. InputError where one is no text, or two of them share some of it, under whatever names."""
     check_splits(data)
     texts = {name: load_corpus(getattr(data, name)) for name in SPLITS}
-    own = {name: set(text.documents) for name, text in texts.items()}  # each once, however often it is repeated
-    lengths = {name: sum(map(len, documents)) for name, documents in own.items()}
     for other, name in combinations(texts, 2):
-        first, text, shared = texts[other], texts[name], sum(map(len, own[other] & own[name]))
-        share = shared / min(lengths[other], lengths[name])
+        first, text = texts[other], texts[name]
+        share = _shared(first, text)
         if share > MOST_SHARED:
             raise InputError(
                 f"data.{name} ({text.spec}) and data.{other} ({first.spec}) share {100 * share:.0f}% of the shorter "
                 "one: give them different texts"
             )
     return texts
+
+
+def _shared(text: Corpus, other: Corpus) -> float:
+    """How much of the shorter text is in the other one, too, each passage counted once: by whole documents, or by
+    lines, since the same text may be cut into other documents; the larger share."""
+
+    def share(passages: list[set[str]], least: int) -> float:
+        both = sum(len(passage) for passage in passages[0] & passages[1] if len(passage) >= least)
+        return both / min(sum(map(len, own)) for own in passages)
+
+    texts = text.documents, other.documents
+    lines = [{line.strip() for document in documents for line in document.splitlines()} for documents in texts]
+    return max(share([set(map(str.strip, documents)) for documents in texts], 1), share(lines, TELLING))
 
 
 def check_splits(data: Data) -> None:

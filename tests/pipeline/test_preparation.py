@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,23 @@ def test_the_same_text_under_two_names_is_refused_and_repeated_lines_are_not(tmp
     for splits in ((first, third, long), (long, second, third)):
         with pytest.raises(InputError, match=r"and data.* share \d+% of the shorter one: give them different texts"):
             load_splits(Data(**dict(zip(("calibration", "fitness", "report"), splits, strict=True))))
+
+
+def test_the_same_text_in_another_cut_is_refused_and_lines_that_any_text_has_are_not(tmp_path):
+    """Rows of a JSONL file are whole articles, of a text file every paragraph is a document."""
+    articles = [
+        [f"{name}, paragraph {index} of an article that is long enough" for index in range(9)] for name in "abcd"
+    ]
+    usual = ["", "import os", "    return self"]  # short, and in every text
+    files = {}
+    for name, paragraphs in zip("abcd", articles, strict=True):
+        files[name] = str(tmp_path / f"{name}.jsonl")
+        Path(files[name]).write_text(json.dumps({"text": "\n\n".join(paragraphs + usual)}) + "\n")
+    files["again"] = str(tmp_path / "again.txt")
+    Path(files["again"]).write_text("\n\n".join([*articles[1], *usual, *articles[3]]) + "\n")
+    assert load_splits(Data(calibration=files["a"], fitness=files["b"], report=files["c"]))
+    with pytest.raises(InputError, match=r"data.report .*again.txt.* and data.fitness .* share \d+% of the shorter"):
+        load_splits(Data(calibration=files["a"], fitness=files["b"], report=files["again"]))
 
 
 def test_a_folders_name_may_have_a_bracket_and_a_servers_model_is_no_folder(tmp_path, monkeypatch):
