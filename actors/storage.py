@@ -102,14 +102,16 @@ class Storage:
 
     def write(self, name: str, data: bytes) -> None:
         """Replace a file by `data`, with the folders above it."""
-        path = self._path(name)
         if self.local is None:
-            self._make_folder(name)
-            with self._fs.open_output_stream(path) as file:
+            # In one call, which no signal interrupts: a stream that is left half-written is finished as it is.
+            with tempfile.NamedTemporaryFile() as file:
                 file.write(data)
+                file.flush()
+                self.take(Path(file.name), name)
             return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(path), data)
+        path = Path(self._path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, data)
 
     def take(self, file: Path, name: str) -> None:
         """Replace a file by a copy of one of this machine, however large."""

@@ -232,7 +232,7 @@ def _run(
         rows = iter(places.replicas)
         for model, one in prepared.items():
             own = [next(rows) for _ in range(evaluators.replicas)]
-            pools[model] = EvaluatorPool(pool_plan(config, one, places.evaluator), progress.say, own)
+            pools[model] = EvaluatorPool(pool_plan(config, one, places.evaluator, places.engine), progress.say, own)
         if settings.kind == "vllm":
             progress.say(f"starting vLLM with {settings.model} ({places.engine})")
             generator = start_vllm(config, places, progress.say)
@@ -257,7 +257,8 @@ def _run(
             Metrics(config.name).set,
         )
         search = Search(config, folder, generator, evaluator, tracker, status, began, target.digests, mirror)
-        closing.callback(search.ledger.close)  # answers that were asked for ahead come too late
+        # Answers that were asked for ahead come too late.
+        closing.callback(lambda: search.ledger.close(hurry=ended == "KILLED"))
         search.run()
         pool = pools[config.target.model]
         artifacts, metrics, note = conclude(
@@ -271,8 +272,8 @@ def _run(
         ended = "KILLED"
         raise
     finally:
-        closing.close()
         status.end({"FINISHED": "finished", "KILLED": "stopped"}.get(ended, "failed"))
+        closing.close()
         if generator is not None:
             generator.stop()
         for pool in pools.values():

@@ -173,12 +173,17 @@ class Ledger:
                 self.spent.total += record.get("seconds", 0.0)
         return record
 
-    def close(self) -> None:
-        """Nothing is written any more: whoever comes next has the journal to themselves."""
-        with self._writing:
-            if self.mirror is not None and not self._closed:
-                self.mirror.close(self.records)
+    def close(self, hurry: bool = False) -> None:
+        """Nothing is written any more: whoever comes next has the journal to themselves. hurry: a storage that does not
+        answer is not waited for."""
+        held = self._writing.acquire(timeout=1.0 if hurry else -1)
+        try:
+            if held and self.mirror is not None and not self._closed:
+                self.mirror.close(self.records, hurry)
             self._closed = True
+        finally:
+            if held:
+                self._writing.release()
 
     def copy_checkpoint(self, name: str) -> None:
         """A checkpoint was written: to the mirror with it, if there is one."""
@@ -328,6 +333,12 @@ class Ledger:
         if self.ended(generation) is None:
             self._append({"kind": "generation", "generation": generation, "chosen": list(chosen)})
 
+    def look(self, key: str) -> int:
+        """The report split was looked at when this algorithm was the best. Returns how many have been."""
+        if ("look", key) not in self._places:
+            self._append({"kind": "look", "key": key})
+        return sum(kind == "look" for kind, *_ in self._places)
+
     def left(self, budget: str) -> float:
         """Of the budget of this name; infinite where it has no bound."""
         bound = getattr(self.budgets, budget)
@@ -372,8 +383,8 @@ def _name(record: dict) -> tuple:
         return (record["kind"], record["generation"])
     if record["kind"] == "dense":
         return ("dense",)
-    if record["kind"] == "probe":
-        return ("probe", record["key"])
+    if record["kind"] in ("probe", "look"):
+        return (record["kind"], record["key"])
     return ("evaluation", record["key"], record["split"])
 
 

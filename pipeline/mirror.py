@@ -46,7 +46,7 @@ class Mirror:
         (see `_own`)."""
         try:
             self._storage.write(WRITER, self._token)
-            if self._length() > len(records):
+            if len(_journal(self._storage)) > len(records):
                 raise Lost(f"another search went on with this run in {self._storage.uri} while this one started")
             self._storage.write(CONFIG_FILE, config)
             if (self._folder / MEMORY).exists():
@@ -65,11 +65,13 @@ class Mirror:
         self._owed = checkpoint
         self._try(lambda: self._save(checkpoint, records))
 
-    def close(self, records: Sequence[dict]) -> None:
-        """The search ends: whatever the storage lacks is tried once more, and told of if it stays so."""
-        self._failed = 0.0
+    def close(self, records: Sequence[dict], hurry: bool = False) -> None:
+        """The search ends: whatever the storage lacks is tried once more, and told of if it stays so. hurry: it is not
+        tried where the storage failed before, since that may take minutes."""
         try:
-            self.appended(records)
+            if not (hurry and self._failing):
+                self._failed = 0.0
+                self.appended(records)
         except TakenOver:  # it was raised before, or the search is over in any case
             return
         if self._failing:
@@ -96,10 +98,6 @@ class Mirror:
         there = self._storage.read(WRITER)
         if there is not None and there != self._token:
             raise TakenOver(f"another search has taken over this run in {self._storage.uri}: this one stops")
-
-    def _length(self) -> int:
-        """Records of the journal there."""
-        return max((int(part[2]) + 1 for part in _parts(self._storage)), default=0)
 
     def _append(self, records: Sequence[dict]) -> None:
         if self._sent < len(records):
@@ -164,7 +162,7 @@ def fetch(storage: Storage, folder: Path) -> bool:
     is set aside; in the storage it is not, which raises InputError, as does a gap in the copy's journal.
     """
     config = storage.read(CONFIG_FILE)
-    if config is None:
+    if not config:
         return False
     lines = _journal(storage)
     journal = folder / "journal.jsonl"

@@ -91,7 +91,7 @@ def open_folder(folder: Path, config: Config, resume: bool, held: ExitStack) -> 
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(folder))
         with _reaching(storage):
-            if (theirs := storage.read(CONFIG_FILE)) is not None:
+            if theirs := storage.read(CONFIG_FILE):
                 with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
                     Path(file.name).write_bytes(theirs)
                     _check_same(load_config(Path(file.name)), config, storage.uri)

@@ -1,12 +1,13 @@
 """What was asked and measured is paid for once, and counts as spent when the search comes to it."""
 
+import time
 from dataclasses import replace
 
 import pytest
 
 from autoprune.actors.messages import Answer, Evaluation, Probe, Request
 from autoprune.algorithms.algorithm import Algorithm
-from autoprune.models.errors import InputError
+from autoprune.models.errors import InputError, Lost
 from autoprune.pipeline.checkpoint import Journal, journal_line
 from autoprune.pipeline.config import Budgets
 from autoprune.pipeline.ledger import Ledger
@@ -209,3 +210,14 @@ def test_records_between_those_that_were_used_are_not_spent(make):
     assert third.spent.evaluations == 1
     assert third.measure([TWO], "fitness") and third.spent.evaluations == 1
     assert third.measure([ONE], "fitness") and third.spent.evaluations == 2
+
+
+def test_a_search_that_is_stopped_waits_for_no_storage(make):
+    """Whose answer another thread waits for."""
+    ledger = make()
+    with ledger._writing:
+        began = time.monotonic()
+        ledger.close(hurry=True)
+        assert time.monotonic() - began < 2
+    with pytest.raises(Lost, match="has ended"):
+        ledger.measure([ONE], "fitness")

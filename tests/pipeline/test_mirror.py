@@ -192,12 +192,28 @@ def test_a_storage_that_is_away_is_left_alone_for_a_while_and_tried_once_more_at
         mirror.appended(records)
         mirror.saved("generation-0001", records)
     assert broken.tried == 1, "each try may take a time-out"
+    mirror.close(records, hurry=True)
+    assert broken.tried == 1 and said.said[-1].startswith("storage s3://broken lacks 5 records")
     mirror.close(records)
     assert broken.tried == 2 and said.said[-1].startswith("storage s3://broken lacks 5 records")
     broken.failing = False
     mirror.close(records)
     assert fetch(storage, tmp_path / "run")
     assert (tmp_path / "run" / "journal.jsonl").read_bytes().count(b"\n") == 5
+
+
+def test_an_upload_that_was_cut_off_leaves_a_run_that_goes_on(storage, tmp_path):
+    """Object stores show the file empty then."""
+    records = [{"n": 0}, {"n": 1}]
+    mirror = Mirror(storage, print, tmp_path)
+    mirror.begin(b"config", records[:1])
+    mirror.appended(records)
+    for name in ("config.yaml", "journal/00000002-00000002.jsonl"):
+        storage.write(name, b"")
+    assert not fetch(storage, tmp_path / "elsewhere"), "no configuration, no run"
+    Mirror(storage, print, tmp_path).begin(b"config", records)
+    assert fetch(storage, tmp_path / "run")
+    assert (tmp_path / "run" / "journal.jsonl").read_bytes().count(b"\n") == 2
 
 
 def test_what_a_search_ended_with_replaces_an_earlier_end(storage, tmp_path):
