@@ -97,7 +97,9 @@ class EvaluatorShard:
         return ready
 
     def ready(self) -> Ready:
-        """What the driver needs of this shard once it has been calibrated and has measured the dense model."""
+        """What the driver needs of this shard once it has been calibrated and has measured the dense model. An engine
+        may be next on this GPU."""
+        self.give_back()
         return Ready(f"{self._weights} {state_digest(self.shard)}", self.shard.profiles, self.shard.dense_reports)
 
     def give_back(self) -> None:

@@ -26,7 +26,8 @@ class PoolPlan:
     `ModelShard.calibrate`). bounds: first block of each shard, and the one after its last. deadline: seconds that a
     replica may take for one candidate; attempts: how often a candidate may bring a replica down before it is given up.
     state: where actors keep what they learn of the dense model, a folder or what `Storage` knows; empty: nowhere.
-    gives: whether the rest of their GPU is theirs while nobody else needs it, which they give back after each use.
+    gives: the part of a GPU whose engine sleeps while they work: its memory is theirs so long, by shares, and is given
+    back after each use.
     """
 
     model: str
@@ -42,7 +43,12 @@ class PoolPlan:
     attempts: int
     resources: ActorResources
     state: str = ""
-    gives: bool = False
+    gives: float = 0.0
+
+    @property
+    def memory(self) -> float:
+        """The part of a GPU's memory that an actor may take: its share of all but the engine's part."""
+        return min(1.0, self.resources.num_gpus / (1.0 - self.gives))
 
     @property
     def shards(self) -> int:
@@ -100,7 +106,7 @@ class Replica:
                 plan.threads,
                 alone=True,
                 state=plan.state,
-                share=1.0 if plan.gives else resources.num_gpus,
+                share=plan.memory,
             )
             for place, (start, stop) in enumerate(plan.bounds)
         ]

@@ -231,8 +231,12 @@ class VllmGenerator:
             given_up += [index for index, *_ in calls if lost[index] >= DEATHS]
             for number, error in dead.items():
                 self._replace(number, error, lost[control] >= DEATHS)
-        for number, error in self._call("sleep", self._serving()).items():
-            self._replace(number, error)  # awake, it would have the memory that evaluators count on
+        serving = self._serving()
+        while self._sleeps and self._loading():  # awake, it would have the memory that evaluators count on
+            time.sleep(0.1)
+            serving = self._serving()
+        for number, error in self._call("sleep", serving).items():
+            self._replace(number, error)
         return [answers[index] for index in range(len(requests))]
 
     def _serving(self) -> list[int]:

@@ -237,11 +237,15 @@ def absolute(name: str) -> str:
     return f"{Path(path).resolve()}{bracket}{rest}" if path and Path(path).exists() else name
 
 
-def pool_plan(config: Config, prepared: Prepared, resources: ActorResources) -> PoolPlan:
-    """The evaluators that a search needs: what its seeds and its candidates may read is measured."""
+def pool_plan(
+    config: Config, prepared: Prepared, resources: ActorResources, engine: ActorResources | None = None
+) -> PoolPlan:
+    """The evaluators that a search needs: what its seeds and its candidates may read is measured. engine: what one of
+    vLLM's reserves, if they write."""
     from autoprune.actors.replica import PoolPlan  # imports Ray
 
     evaluators, seeds = config.evaluators, seeds_of(config)
+    sleeping = engine is not None and config.generator.kind == "vllm" and config.generator.sleeps
     written = OPTIONAL & SUMMARIES.keys() if config.search.allocation == "written" else frozenset()
     return PoolPlan(
         model=prepared.pinned,  # a replica that is made anew in a week is not another model
@@ -257,7 +261,7 @@ def pool_plan(config: Config, prepared: Prepared, resources: ActorResources) -> 
         attempts=evaluators.attempts,
         resources=resources,
         state=below(place_of(config), f"{ACTORS}/{_folder_name(prepared.model)}"),
-        gives=config.generator.kind == "vllm" and config.generator.sleeps and resources.device == "cuda",
+        gives=engine.num_gpus if sleeping and engine.num_gpus < 1 else 0.0,
     )
 
 

@@ -2,6 +2,7 @@
 given, or whose disk is full. Replicas are scripted here; `test_pool` has real ones."""
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -275,3 +276,9 @@ def test_a_full_disk_of_an_evaluators_machine_is_not_the_drivers(cluster, tiny_m
     with pytest.raises(Lost, match="could not write .*No space left"):
         pool.export(tmp_path / "out", Algorithm("def score(W):\n    return W.abs()\n"), {})
     assert replica.starts == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("gpus, gives, memory", [(0.5, 0.5, 1.0), (0.25, 0.5, 0.5), (0.5, 0.0, 0.5), (1, 0.0, 1.0)])
+def test_a_sleeping_engines_part_of_a_gpu_is_the_evaluators_by_shares(gpus, gives, memory):
+    plan = replace(make().plan, resources=ActorResources(0, gpus, "cuda"), gives=gives)
+    assert plan.memory == memory

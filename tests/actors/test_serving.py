@@ -195,6 +195,15 @@ def test_an_engine_that_cannot_wake_up_is_started_again(make):
     assert len(make.said) == 1
 
 
+def test_an_engine_that_shares_its_gpu_is_not_left_loading(make, hasty):
+    """Awake it would take the memory that evaluators count on, or they its."""
+    generator = make("d", engines=2)
+    generator._sleeps = True
+    generator.wait()
+    assert len(generator.generate(requests(0, 2))) == 2 and len(make.said) == 1
+    assert not generator._loading() and None not in generator._started
+
+
 def test_an_engine_that_cannot_come_back_leaves_the_work_to_the_others(make, hasty):
     """As where its node has died, and no other one has room."""
     generator = make("d" + "f" * 20, engines=2)
