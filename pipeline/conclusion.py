@@ -56,8 +56,6 @@ def conclude(
     measured += [(c.evaluation, e) for (_, c), e in zip(rows[1:], reported, strict=True)]
     winner = reported[-1]
     table = [_row(method, candidate, *pair, winner) for (method, candidate), pair in zip(rows, measured, strict=True)]
-    own = {c.algorithm.key for _, c in rows[1:-1]}
-    looked = {r["key"] for r in search.ledger.records if r["kind"] == "evaluation" and r["split"].startswith(REPORT)}
     model = folder / MODEL
     if model.exists() and _algorithm_of(model) != best.algorithm.key:  # of an earlier end
         old = folder / f".{MODEL}-old"  # out of the way at once: a kill in the midst would leave half of it
@@ -99,7 +97,7 @@ def conclude(
         "tokens_scored": {name: pool.dense[name].tokens for name in ("fitness", "report")},
         "table": table,
         "gain": _gain(rows, measured),
-        "looks": len(looked - own),
+        "looks": search.ledger.look(best.algorithm.key),
         "sensitivity": costs,
         "cases": [
             {

@@ -119,6 +119,14 @@ def paired_difference(child: Evaluation, parent: Evaluation) -> tuple[float, flo
     return mean, math.sqrt(sum((d - centre) ** 2 for d in differences) / (count - 1) / count)
 
 
+def noise_bound(error: float, windows: int) -> float:
+    """What a mean of paired differences stays below 19 times of 20 where there is no difference: its standard error
+    times Student's t for so many windows, 2.1 for 16 and 12.7 for two. Infinite for one window."""
+    from scipy.special import stdtrit
+
+    return error * float(stdtrit(windows - 1, 0.975)) if windows > 1 else math.inf
+
+
 def finite(value):
     """The value; None for a number that JSON cannot hold."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -72,8 +72,8 @@ def prune(options: argparse.Namespace) -> None:
     dead = sum(layer.get("dead_inputs", 0) for layer in sidecar["layers"].values())
     if dead:
         print(
-            f"{dead} inputs were zero for every token of the calibration text: their weights were pruned first, or by "
-            "column where all scores are equal"
+            f"{dead} inputs were zero for every token of the calibration text: a score that reads inputs prunes their "
+            "weights first, or by column where all scores are equal"
         )
     damped = [name for name, layer in sidecar["layers"].items() if "damping" in layer]
     if damped:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from autoprune.algorithms.algorithm import Group
 from autoprune.algorithms.formula import allocation_formula, read_symbols, score_formula
-from autoprune.pipeline.lineage import Candidate, Lineage, paired_difference
+from autoprune.pipeline.lineage import Candidate, Lineage, noise_bound, paired_difference
 from autoprune.pipeline.wording import (
     algorithm_text,
     cells,
@@ -67,10 +67,11 @@ def result_text(summary: dict, best: str) -> str:
         )
     below = 100 * (1 - math.exp(gain["nats"]))
     size = f"{below:.1f}% below" if below > 0 else f"{-below:.1f}% above"
-    sure, verdict = "", ""
+    sure, verdict = "", " One window says nothing of the noise."
     if gain["error"] is not None:
         sure = f" ({difference_text(gain['nats'], gain['error'])}, paired over {gain['windows']} windows)"
-        verdict = "" if abs(gain["nats"]) > 2 * gain["error"] else " **That is within the noise.**"
+        beyond = abs(gain["nats"]) > noise_bound(gain["error"], gain["windows"])
+        verdict = "" if beyond else " **That is within the noise.**"
     return (
         f"On text that no search saw{where}, the perplexity of **{best}** is **{size} {gain['rival']}**, the best of "
         f"the baselines there{sure}.{verdict}"

@@ -34,7 +34,12 @@ def fitness_text(nll: float | None, combined: str) -> str:
     """A measurement on the fitness split. combined: see `Target.combined`; of several cases it is in nats above the
     dense models."""
     text = perplexity_text(nll)
-    return f"{text} × dense, {combined} of all cases" if combined else f"perplexity {text}"
+    return f"{text} × dense, {of_cases(combined)}" if combined else f"perplexity {text}"
+
+
+def of_cases(combined: str) -> str:
+    """What of several cases a fitness is: no case has the worst one itself, where windows differ in which is worst."""
+    return f"{combined} of all cases" + (", window by window" if combined == "worst" else "")
 
 
 def difference_text(effect: float, error: float, unit: str = " nats") -> str:
@@ -48,7 +53,10 @@ def measured_text(edge: dict) -> str:
         text += f"; {100 * edge['mask_distance']:.1f}% of the probe's mask changed"
     if "most_improved_block" in edge:
         better, worse = edge["most_improved_block"], edge["most_worsened_block"]
-        text += f"; the error of the hidden states fell most at block {better} and least (or rose) at block {worse}"
+        text += (
+            f"; the error of the hidden states fell most (or rose least) at block {better}, and rose most (or fell "
+            f"least) at block {worse}"
+        )
     return text
 
 
@@ -81,14 +89,14 @@ def combined(summary: dict) -> str:
 
 def measure_text(summary: dict) -> str:
     """What a candidate's fitness is, as a perplexity."""
-    among = f" × dense, {combined(summary)} of all cases," if summary.get("cases") else ""
+    among = f" × dense, {of_cases(combined(summary))}," if summary.get("cases") else ""
     return f"perplexity{among} on the fitness split"
 
 
 def headers(summary: dict) -> list[str]:
     measure = f"ppl_token@{summary['context']}"
     if summary.get("cases"):
-        among = f"{combined(summary)} of all cases, × dense"
+        among = f"{of_cases(combined(summary))}, × dense"
         first = f"{measure}, report split, {summary['cases'][0]['name']}"
         measures = [f"{measure}, fitness split, {among}", first]
     else:

@@ -466,7 +466,7 @@ def test_status_says_how_far_a_search_is(capsys, tmp_path):
     text = shown(capsys, "status", folder)
     assert "stopped, last heard" in text and "in flight" not in text
     assert told[-1]["in_flight"] == {"0": 0, "1": 0}
-    assert "best, after fresh text, g01-c01: fitness 0.5000, 1.65 × dense, worst of all cases" in text
+    assert "best, after fresh text, g01-c01: fitness 0.5000, 1.65 × dense, worst of all cases, window by window" in text
 
 
 def shown(capsys, *arguments: object) -> str:

@@ -19,7 +19,7 @@ from autoprune.models.errors import InputError
 from autoprune.models.perplexity import perplexity
 from autoprune.pipeline import plots
 from autoprune.pipeline.cli import main
-from autoprune.pipeline.lineage import Candidate, Lineage
+from autoprune.pipeline.lineage import Candidate, Lineage, noise_bound
 from autoprune.pipeline.plots import gain_band
 from autoprune.pipeline.population import read_score
 from autoprune.pipeline.report import print_report, table, write_report
@@ -232,6 +232,8 @@ def test_the_first_sentence_says_what_was_gained_and_how_sure_that_is(lineage, t
         "clear": {},
         "noise": {"gain": {"rival": "wanda", "nats": 0.01, "error": 0.02, "windows": 4}},
         "nobody": {"gain": {"rival": None}},
+        "few": {"gain": {"rival": "wanda", "nats": -0.1, "error": 0.04, "windows": 2}},
+        "more": {"gain": {"rival": "wanda", "nats": -0.1, "error": 0.04, "windows": 16}},
         "one window": {"gain": {"rival": "wanda", "nats": -0.1, "error": None, "windows": 1}},
         "the same": {"gain": {"rival": "wanda", "nats": 0.0, "error": 0.0, "windows": 4}, "best": "seed-wanda"},
     }.items():
@@ -241,10 +243,23 @@ def test_the_first_sentence_says_what_was_gained_and_how_sure_that_is(lineage, t
     assert f"**{best}** is **20.0% below wanda+sdsa**" in texts["clear"] and "128 windows).\n" in texts["clear"]
     assert "1.0% above wanda**" in texts["noise"] and "**That is within the noise.**" in texts["noise"]
     assert "On text that no search saw" not in texts["nobody"]
-    assert "9.5% below wanda**" in texts["one window"] and "noise.**" not in texts["one window"]
+    assert "**That is within the noise.**" in texts["few"] and "noise" not in texts["more"].split("\n\n")[1]
+    assert (
+        "9.5% below wanda**" in texts["one window"] and "One window says nothing of the noise." in texts["one window"]
+    )
     assert "No candidate was better than **wanda**" in texts["the same"]
     said = printed(lambda console: print_report(tmp_path / "clear", console))
     assert f"the perplexity of {best} is 20.0% below wanda+sdsa, the best" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("windows", [2, 4, 16, 128])
+def test_the_bound_of_the_noise_is_passed_once_in_twenty(windows):
+    """Of means that differ by chance alone."""
+    found = np.random.default_rng(windows).normal(size=(20_000, windows))
+    errors = found.std(axis=1, ddof=1) / math.sqrt(windows)
+    passed = abs(found.mean(axis=1)) > [noise_bound(error, windows) for error in errors]
+    assert passed.mean() == pytest.approx(0.05, abs=0.006)
+    assert noise_bound(0.1, 1) == math.inf
 
 
 def test_a_report_split_that_was_looked_at_again_says_so(lineage, tmp_path):
@@ -288,7 +303,10 @@ def test_pictures_say_what_fitness_is_of_several_cases(lineage, tmp_path, monkey
     monkeypatch.setattr(plots, "_png", look)
     cases = {"cases": [{"name": "a to 50%", "report_nll": {"dense": 3.0}}]}
     cases |= {"config": {"seed": 0, "target": {"combine": "worst"}}}
-    for more, measure in (({}, "perplexity on"), (cases, "perplexity × dense, worst of all cases, on")):
+    for more, measure in (
+        ({}, "perplexity on"),
+        (cases, "perplexity × dense, worst of all cases, window by window, on"),
+    ):
         labels.clear()
         write_report(tmp_path, lineage, with_more(lineage, **more))
         assert labels.count(f"{measure} the fitness split (log scale)") == 2 and "strip" in labels

@@ -13,7 +13,7 @@ from autoprune.pipeline.asking import reasoning_lines
 from autoprune.pipeline.config import Further, Target, check_config, load_config
 from autoprune.pipeline.screening import subset_nll
 from autoprune.pipeline.targets import Case, Cases, combine
-from autoprune.pipeline.wording import perplexity_text
+from autoprune.pipeline.wording import of_cases, perplexity_text
 
 
 def evaluation(*nlls, errors=(0.1, 0.5), **more):
@@ -112,7 +112,7 @@ def test_a_search_over_two_sparsities(tmp_path, evaluator, how, monkeypatch):
     written = next(c for c in search.lineage if c.prompt)
     assert "tiny to 50%; tiny to 70%" in written.prompt and f"the {how} of these cases" in written.prompt
     told = "\n".join(reasoning_lines(search.lineage, best, config.target.combined))
-    assert f"{perplexity_text(best.fitness)} × dense, {how} of all cases on the fitness split" in told
+    assert f"{perplexity_text(best.fitness)} × dense, {of_cases(how)} on the fitness split" in told
     final = {"id": best.id, "nll": best.fitness, "combined": how, "final": True}
     assert search.progress.facts["best"] == final, "after the end, the one that stood on fresh text"
     assert json.loads((tmp_path / "run" / "lineage.json").read_text())
