@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from autoprune.actors.aside import Aside
-from autoprune.actors.messages import GREETING, Answer, Answered, Messages, Request, chat, estimate, last_line
+from autoprune.actors.messages import Answer, Answered, Messages, Request, chat, control, estimate, last_line
 from autoprune.algorithms.manual import brief
 from autoprune.models.errors import InputError, Lost
 
@@ -63,7 +63,8 @@ class OpenAIGenerator:
             raise InputError(f"{base_url} does not serve {model!r}; it serves {', '.join(served[:5])}")
 
     def generate(self, requests: Sequence[Request], answered: Answered = lambda *_: None) -> list[list[Answer]]:
-        """Answers per request; none to one that the server refuses, unless it refuses GREETING, too: then Lost."""
+        """Answers per request; none to one that the server refuses for what it says. Raises Lost where the server
+        refuses all of several, or what it would be asked instead (`control`)."""
 
         def ask(index: int) -> list[Answer] | Refused:
             try:
@@ -77,8 +78,10 @@ class OpenAIGenerator:
         try:
             found = [one.wait() for one in asked]
             refused = {index: one for index, one in enumerate(found) if isinstance(one, Refused)}
+            if len(refused) == len(found) > 1:
+                raise refused[0]
             if len(refused) == len(found) > 0:
-                self._complete(GREETING)
+                self._complete(control(requests[0]))
         except BaseException:
             self._stopped.set()
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoprune.algorithms.algorithm import Algorithm
 
@@ -57,10 +57,13 @@ class Request:
 Answered = Callable[[int, "list[Answer]"], None]  # is told a request's place and its answers, as soon as they are there
 
 
-# Who answers this, and not what was asked before, is well: the request was to blame.
-GREETING = Request(
-    (("system", "You write Python."), ("user", "Write: return W.abs()")), n=1, temperature=1.0, max_tokens=9
-)
+GREETING = (("system", "You write Python."), ("user", "Write: def score(W): return W.abs()"))
+
+
+def control(request: Request) -> Request:
+    """The same request with harmless words: who answers it, and not the request itself, is well, and the words are to
+    blame. What is wrong with all requests, such as the grammar, is wrong with it, too."""
+    return replace(request, messages=GREETING)
 
 
 @dataclass(frozen=True)

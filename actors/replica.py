@@ -47,7 +47,8 @@ class PoolPlan:
 
     @property
     def memory(self) -> float:
-        """The part of a GPU's memory that an actor may take: its share of all but the engine's part."""
+        """The part of a GPU's memory that an actor may take: its share of all but the engine's part, as if there was an
+        engine on each GPU."""
         return min(1.0, self.resources.num_gpus / (1.0 - self.gives))
 
     @property

@@ -9,13 +9,14 @@ from collections.abc import Callable, Collection, Sequence
 
 from autoprune.actors.dispatch import BLAMELESS, PAUSES, TRIES
 from autoprune.actors.guard import guard_session
-from autoprune.actors.messages import GREETING, Answer, Answered, Messages, Request, chat, last_line
+from autoprune.actors.messages import Answer, Answered, Messages, Request, chat, control, last_line
 from autoprune.actors.replica import blameless
 from autoprune.models.errors import InputError, Lost
 from autoprune.models.loading import load_tokenizer, resolve_model
 from autoprune.models.pruning import native_dtype
 
 DEATHS = 3  # so often may a request lose its engine
+LOADING = 300.0  # seconds for which evaluators wait, after what was to be written, for an engine on their GPU to start
 
 
 def prompt_ids(tokenizer, messages: Messages) -> list[int]:
@@ -95,12 +96,10 @@ class VllmEngine:
         await self.engine.wake_up()
 
 
-def _next(answers: Collection[int], given_up: Collection[int], lost: Sequence[float]) -> list[int]:
-    """Places of the requests to send now, of which the last one is GREETING. One that its engine died with goes after
-    the others and alone, since its neighbours would be suspected with it."""
-    if given_up:
-        return [len(lost) - 1]
-    left = [index for index in range(len(lost) - 1) if index not in answers]
+def _next(answers: Collection[int], lost: Sequence[float]) -> list[int]:
+    """Places of the requests to send now. One that its engine died with goes after the others and alone, since its
+    neighbours would be suspected with it."""
+    left = [index for index in range(len(lost)) if index not in answers]
     return [index for index in left if lost[index] < 1] or left[:1]
 
 
@@ -190,14 +189,14 @@ class VllmGenerator:
         self._serving()
 
     def generate(self, requests: Sequence[Request], answered: Answered = lambda *_: None) -> list[list[Answer]]:
-        """Answers per request; none, if engines died DEATHS times with it and then answered GREETING. Raises Lost when
-        every engine died TRIES times without an answer between, or engines died DEATHS times with GREETING, too."""
+        """Answers per request; none, if engines died DEATHS times with it and then answered it in other words
+        (`control`). Raises Lost when every engine died TRIES times without an answer between, or engines died DEATHS
+        times with those, too."""
         import ray
 
         answers: dict[int, list[Answer]] = {}
-        given_up: list[int] = []
-        control, asked = len(requests), [*requests, GREETING]
-        lost = [0.0] * len(asked)
+        lost = [0.0] * len(requests)
+        blamed: int | None = None  # who is asked in other words
         while len(answers) < len(requests):
             dead: dict[int, Exception] = {}
             serving = self._serving()
@@ -208,9 +207,14 @@ class VllmGenerator:
             if not serving:
                 continue
             began = time.monotonic()
+            sent = (
+                {i: requests[i] for i in _next(answers, lost)}
+                if blamed is None
+                else {blamed: control(requests[blamed])}
+            )
             calls = [
-                (index, number, self._actors[number].complete.remote(asked[index]))
-                for index, number in zip(_next(answers, given_up, lost), itertools.cycle(serving), strict=False)
+                (index, number, self._actors[number].complete.remote(request))
+                for (index, request), number in zip(sent.items(), itertools.cycle(serving), strict=False)
             ]
             for index, number, call in calls:
                 try:
@@ -218,26 +222,34 @@ class VllmGenerator:
                 except ray.exceptions.RayError as error:
                     dead[number] = error
                     lost[index] += BLAMELESS if blameless(error) else 1
+                    if lost[index] >= DEATHS:
+                        blamed = index
                     continue
                 self._deaths[number] = 0
-                if given_up:
+                if index == blamed:
                     self._report(f"vLLM ended {DEATHS} times with the same request, which goes without an answer")
-                found = dict.fromkeys(given_up, []) | {index: texts}
-                found.pop(control, None)
-                answers |= found
-                given_up = []
-                for place, own in found.items():
-                    answered(place, own)
-            given_up += [index for index, *_ in calls if lost[index] >= DEATHS]
+                    texts, blamed = [], None
+                answers[index] = texts
+                answered(index, texts)
             for number, error in dead.items():
-                self._replace(number, error, lost[control] >= DEATHS)
-        serving = self._serving()
-        while self._sleeps and self._loading():  # awake, it would have the memory that evaluators count on
-            time.sleep(0.1)
-            serving = self._serving()
-        for number, error in self._call("sleep", serving).items():
-            self._replace(number, error)
+                self._replace(number, error, max(lost) >= 2 * DEATHS)
+        for number, error in self._call("sleep", self._settled()).items():
+            self._replace(number, error)  # awake, it would have the memory that evaluators count on
         return [answers[index] for index in range(len(requests))]
+
+    def _settled(self) -> list[int]:
+        """Engines that serve, once no other one is loading where they share GPUs: it would take the memory that
+        evaluators count on, or they its. One that is long about it, or was before, ends."""
+        import ray
+
+        serving, end = self._serving(), time.monotonic() + LOADING
+        if self._sleeps and self._by_turns:
+            while time.monotonic() < end and any(self._deaths[number] < 2 for number in self._loading()):
+                time.sleep(0.1)
+                serving = self._serving()
+            for number in self._loading():
+                self._replace(number, ray.exceptions.GetTimeoutError("still loading when others need its GPU"))
+        return serving
 
     def _serving(self) -> list[int]:
         """Engines that have started, at least one: waits for it. Those that could not start are made anew."""
@@ -268,12 +280,14 @@ class VllmGenerator:
             else:
                 time.sleep(0.1)
 
-    def _loading(self) -> bool:
-        """Whether an engine is starting."""
+    def _loading(self) -> list[int]:
+        """Engines that are starting."""
         import ray
 
-        started = [one for one in self._started if one is not None]
-        return bool(started) and bool(ray.wait(started, num_returns=len(started), timeout=0)[1])
+        started = {one: number for number, one in enumerate(self._started) if one is not None}
+        return (
+            [started[one] for one in ray.wait(list(started), num_returns=len(started), timeout=0)[1]] if started else []
+        )
 
     def _call(self, method: str, numbers: Sequence[int]) -> dict[int, Exception]:
         """Of these engines, if they take turns. Returns those that failed."""

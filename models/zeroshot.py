@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,7 @@ METRICS = {
 }
 SEVEN = tuple(METRICS)
 OTHER_METRICS = ("acc_norm", "acc")  # of any other task: the first of these that it measures
+SKLEARNS = {"f1", "mcc"}  # metrics of lm-eval's that take scikit-learn, which is in no lock: nothing else does
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,8 @@ def _metric(name: str, manager: TaskManager) -> str:
     measured = [entry["metric"] for entry in settings.get("metric_list") or [{"metric": m} for m in OTHER_METRICS]]
     for metric in (METRICS.get(name), *OTHER_METRICS):
         if metric in measured:
+            if SKLEARNS & set(map(str, measured)) and importlib.util.find_spec("sklearn") is None:
+                raise InputError(f"the task {name} measures {', '.join(measured)}: pip install scikit-learn first")
             return metric
     raise InputError(f"the task {name} measures {', '.join(map(str, measured))}; expected acc or acc_norm among them")
 

@@ -25,6 +25,7 @@ MEMORY = "mlflow.json"  # of the run folder: which MLflow run this is
 WRITER = "writer"  # holds a token of the search that writes there now
 PART = re.compile(r"journal/(\d+)-(\d+)\.jsonl")  # of the records first … last
 LOST = "journal.jsonl.lost"  # of the run folder: what another machine's way on has taken the place of
+HUNG = 2.0  # seconds: a write that took longer when a signal ended it was of a storage that does not answer
 PAUSE = 30.0  # seconds for which a storage that failed is left alone: each try may take a time-out
 
 
@@ -142,8 +143,12 @@ class Mirror:
     def _try(self, write: Callable[[], None]) -> None:
         if self._failing and time.monotonic() - self._failed < PAUSE:
             return
+        began = time.monotonic()
         try:
             write()
+        except KeyboardInterrupt:
+            self._failing = self._failing or time.monotonic() - began > HUNG
+            raise
         except OSError as error:
             self._failed = time.monotonic()
             if not self._failing:

@@ -34,7 +34,7 @@ def begun(config: Config) -> bool:
 def _held(storage: Storage) -> bool:
     """Whether a storage has a run."""
     with _reaching(storage):
-        return storage.read(CONFIG_FILE) is not None
+        return bool(storage.read(CONFIG_FILE))
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def walk(tmp_path_factory) -> Path:
         "search.candidates=2",
         "search.prompts=2",
         "search.answers=6",
-        "search.elites=2",
+        "search.elites=1",
         "search.rounds=1",
     ]
     done = run(search_command("demo.yaml", runs, *settings), env=os.environ | {"AUTOPRUNE_TEST": str(runs)})

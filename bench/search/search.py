@@ -189,7 +189,9 @@ def run(runs: Path, jobs: list[tuple[str, int]], overrides: list[str], count: in
         places = reserve_places(replace(first, generator=replace(first.generator, kind="vllm")), 1, progress.say)
         # What evaluators learn of the dense model is the same for all searches.
         shared = replace(first, name="all")
-        pool = EvaluatorPool(pool_plan(shared, prepared, places.evaluator), progress.say, places.replicas)
+        pool = EvaluatorPool(
+            pool_plan(shared, prepared, places.evaluator, places.engine), progress.say, places.replicas
+        )
         vllm = None
         try:
             pool.start()

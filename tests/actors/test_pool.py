@@ -269,12 +269,13 @@ def test_an_evaluator_that_comes_back_with_another_model_gets_no_work(tiny_model
     said = []
     monkeypatch.setattr(two, "_report", said.append)
     monkeypatch.setattr(two, "_digest", ["other"])
-    monkeypatch.setattr("autoprune.actors.pool.PAUSES", (0.0,) * (TRIES - 1))
+    for name, value in {"TRIES": 2, "PAUSES": (0.0,)}.items():  # a start takes longer than all else here
+        monkeypatch.setattr(f"autoprune.actors.pool.{name}", value)
     for replica in two._replicas:
         ray.kill(replica.actors[0])
-    with pytest.raises(Lost, match="no evaluator could be started, after 4 tries .*it came with another model"):
+    with pytest.raises(Lost, match="no evaluator could be started, after 2 tries .*it came with another model"):
         dict(two.evaluate(JOBS))
-    assert sum("another model" in line for line in said) >= 2
+    assert sum("another model" in line for line in said) >= 1
     monkeypatch.undo()
     monkeypatch.setattr("autoprune.actors.pool.PAUSES", (0.0,) * (TRIES - 1))
     assert len(dict(two.evaluate(JOBS))) == len(JOBS)

@@ -27,7 +27,10 @@ def engine() -> type:
                 raise ValueError("no such option")
 
         def _next(self, *letters):
+            import fcntl
+
             with open(self.file, "r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
                 left = file.read()
                 found = left[:1] if left[:1] in letters else ""
                 file.seek(0)
@@ -198,10 +201,40 @@ def test_an_engine_that_cannot_wake_up_is_started_again(make):
 def test_an_engine_that_shares_its_gpu_is_not_left_loading(make, hasty):
     """Awake it would take the memory that evaluators count on, or they its."""
     generator = make("d", engines=2)
-    generator._sleeps = True
+    generator._sleeps = generator._by_turns = True
     generator.wait()
     assert len(generator.generate(requests(0, 2))) == 2 and len(make.said) == 1
     assert not generator._loading() and None not in generator._started
+
+
+def test_an_engine_that_does_not_come_up_on_a_shared_gpu_is_not_waited_for_again_and_again(make, hasty, monkeypatch):
+    import ray
+
+    monkeypatch.setattr("autoprune.actors.serving.LOADING", 2.0)
+    generator = make("", engines=2)
+    generator._sleeps = generator._by_turns = True
+    generator.wait()
+
+    @ray.remote(num_cpus=1000)
+    class Nowhere:
+        def start(self):
+            pass
+
+    def lost(number):
+        generator._actors[number] = Nowhere.remote()
+        generator._started[number], generator._began[number] = (
+            generator._actors[number].start.remote(),
+            time.monotonic(),
+        )
+
+    monkeypatch.setattr(generator, "_make", lost)
+    generator._replace(1, RuntimeError("its node is gone"))
+    times = []
+    for _ in range(3):
+        began = time.monotonic()
+        assert len(generator.generate(requests(0))) == 1 and not generator._loading()
+        times.append(time.monotonic() - began)
+    assert times[0] >= 2.0 and max(times[1:]) < 2.0
 
 
 def test_an_engine_that_cannot_come_back_leaves_the_work_to_the_others(make, hasty):

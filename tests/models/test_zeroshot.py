@@ -66,6 +66,7 @@ def tasks(documents, tmp_path_factory) -> Path:
     write_task(folder, "plain", metric_list=[{"metric": "acc"}], num_fewshot=1, fewshot_split="test")
     write_task(folder / "further", "boolq", dataset_path="organisation/no-such-data", dataset_kwargs={})
     write_task(folder, "written", output_type="generate_until")
+    write_task(folder, "f1_too", metric_list=[{"metric": "acc"}, {"metric": "f1"}])
     write_task(folder, "f1_only", metric_list=[{"metric": "f1"}])
     write_task(folder, "misspelt", doc_to_target="{{rigth}}")
     (folder / "both.yaml").write_text(json.dumps({"group": "both", "task": ["by_length", "plain"]}))
@@ -139,6 +140,7 @@ def test_the_seven_tasks_are_lm_evals_and_measure_what_is_reported():
         ("winogrand", r"did you mean winogrande\?"),
         ("both", "^both is a group of tasks"),
         ("written", "^written is not a multiple-choice task"),
+        ("f1_too", "^the task f1_too measures acc, f1: pip install scikit-learn first"),
         ("f1_only", "^the task f1_only measures f1; expected acc or acc_norm"),
         ("misspelt", r"^cannot load the task misspelt from .*misspelt.yaml \("),
         ("boolq", r"^cannot get the data of the task boolq from the hub dataset organisation/no-such-data \(.*network"),

@@ -212,6 +212,12 @@ def test_records_between_those_that_were_used_are_not_spent(make):
     assert third.measure([ONE], "fitness") and third.spent.evaluations == 2
 
 
+def test_looks_at_the_report_split_are_as_many_as_winners(make):
+    ledger = make()
+    assert [ledger.look(key) for key in ("one", "one", "two", "one")] == [1, 1, 2, 2]
+    assert make().look("three") == 3, "also those of earlier sittings"
+
+
 def test_a_search_that_is_stopped_waits_for_no_storage(make):
     """Whose answer another thread waits for."""
     ledger = make()
