@@ -6,6 +6,7 @@
 #
 # ppl_token@256 on the first 128 windows of the report split, float32 on a CPU, dense 21.04: 66.10 (KL to the dense
 # model 1.270); wanda+sdsa 82.59 (1.508), wanda_gradient 69.50 (1.324). On other models it was not measured.
+# Gradients were of the first 16 calibration windows then; today they are of 16 from all over the text.
 #
 # Lineage (perplexity on the fitness split, ppl_token@256):
 #   seed-wanda+sdsa (seed): 93.07

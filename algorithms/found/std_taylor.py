@@ -9,6 +9,7 @@
 # wanda+sdsa 86.07, with SDSA tuned by 40 evaluations 86.13; wanda+atp 90.20; wanda 110.52. On its first 32 windows, two
 # documents (KL to the dense model): 91.00 (1.377); wanda+sdsa 94.61 (1.450). On qwen2.5-coder-1.5b-instruct,
 # ppl_token@512, 8 windows: 44.73 (1.026); wanda+sdsa 43.56 (1.049), wanda 68.96.
+# Gradients were of the first 16 calibration windows then; today they are of 16 from all over the text.
 #
 # Lineage (perplexity on the fitness split, ppl_token@256):
 #   seed-wanda+sdsa (seed): 61.05

@@ -7,6 +7,7 @@
 # std_taylor 76.62; Wanda's score with the allocation that a search found before, sdsa depth=0 m=0.6 tau=4 taylor=0.5,
 # 74.36. Of the whole report split, on a GPU, the last has 75.30, and Wanda with SDSA and taylor tuned by 40 evaluations
 # 75.05: about 3% of the 15% is the score. On other models it was not measured.
+# Gradients were of the first 16 calibration windows then; today they are of 16 from all over the text.
 #
 # Lineage (perplexity on the fitness split, ppl_token@256):
 #   seed-ria+sdsa (seed): 98.68

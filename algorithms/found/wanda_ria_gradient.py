@@ -8,6 +8,7 @@
 # 62.81; on the same windows ria_gradient 64.40, root_wanda_plus_gradient 66.10, wanda_gradient 69.50, wanda+sdsa 82.59.
 # On the whole split, 862 windows, 65.40 ± 0.96, wanda+sdsa 86.07 ± 1.34. On qwen2.5-coder-1.5b-instruct, ppl_token@512
 # on 8 windows, bfloat16: 34.54 ± 4.57, wanda+sdsa 43.56 ± 4.67.
+# Gradients were of the first 16 calibration windows then; today they are of 16 from all over the text.
 #
 # Lineage (perplexity on the fitness split, ppl_token@256):
 #   seed-ria+sdsa (seed): 98.09
