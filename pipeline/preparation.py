@@ -88,9 +88,9 @@ def load_splits(data: Data) -> dict[str, Corpus]:
     """The texts by split. InputError where one is no text, or two of them share some of it, under whatever names."""
     check_splits(data)
     texts = {name: load_corpus(getattr(data, name)) for name in SPLITS}
+    cuts = {name: _cuts(text) for name, text in texts.items()}
     for other, name in combinations(texts, 2):
-        first, text = texts[other], texts[name]
-        share = _shared(first, text)
+        first, text, share = texts[other], texts[name], _shared(cuts[other], cuts[name])
         if share > MOST_SHARED:
             raise InputError(
                 f"data.{name} ({text.spec}) and data.{other} ({first.spec}) share {100 * share:.0f}% of the shorter "
@@ -99,17 +99,22 @@ def load_splits(data: Data) -> dict[str, Corpus]:
     return texts
 
 
-def _shared(text: Corpus, other: Corpus) -> float:
-    """How much of the shorter text is in the other one, too, each passage counted once: by whole documents, or by
-    lines, since the same text may be cut into other documents; the larger share."""
+def _cuts(text: Corpus) -> tuple[set[str], set[str]]:
+    """The text in whole documents, and in lines: each once, however often it is repeated."""
+    lines = {line.strip() for document in text.documents for line in document.splitlines()}
+    return set(map(str.strip, text.documents)), lines
 
-    def share(passages: list[set[str]], least: int) -> float:
-        both = sum(len(passage) for passage in passages[0] & passages[1] if len(passage) >= least)
-        return both / min(sum(map(len, own)) for own in passages)
 
-    texts = text.documents, other.documents
-    lines = [{line.strip() for document in documents for line in document.splitlines()} for documents in texts]
-    return max(share([set(map(str.strip, documents)) for documents in texts], 1), share(lines, TELLING))
+def _shared(text: tuple[set[str], set[str]], other: tuple[set[str], set[str]]) -> float:
+    """How much of the shorter text is in the other one, too: by documents, or by lines, since the same text may be cut
+    into other documents; the larger share."""
+
+    def share(own: set[str], others: set[str], least: int) -> float:
+        both = sum(len(passage) for passage in own & others if len(passage) >= least)
+        return both / min(sum(map(len, passages)) for passages in (own, others))
+
+    documents, lines = zip(text, other, strict=True)
+    return max(share(*documents, least=1), share(*lines, least=TELLING))
 
 
 def check_splits(data: Data) -> None:
